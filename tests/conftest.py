@@ -1,0 +1,41 @@
+"""Shared fixtures: every tiny checkpoint is written and loaded once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import hf_model, write_checkpoint, write_tokenizer
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test starts from the same random state, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint(variant)`: the directory of a tiny checkpoint, with a tokenizer beside it."""
+
+    @cache
+    def write(variant: str) -> Path:
+        directory = write_checkpoint(variant, tmp_path_factory.mktemp(variant))
+        write_tokenizer(directory)
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def hf(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """`hf(variant)`: that checkpoint as transformers loads it, float32, eager attention and experts."""
+    return cache(lambda variant: hf_model(checkpoint(variant)))
