@@ -1,0 +1,86 @@
+"""A checkpoint directory's safetensors, read lazily: names and shapes at once, one tensor at a time.
+
+Never pickle, never remote code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_lens.converters.errors import CheckpointMismatch, UnsupportedCheckpoint
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# A shard stays mapped while it is open, and its pages that were read count as this process's memory. Opening
+# it anew after this many bytes lets them go.
+REMAP_EVERY_BYTES = 256 * 2**20
+
+
+class Checkpoint:
+    """The tensors of a directory with one `model.safetensors`, or shards and their index.
+
+    Attributes:
+        shapes: every tensor's shape by name, from the files' headers.
+
+    Raises:
+        UnsupportedCheckpoint: no safetensors here.
+        CheckpointMismatch: a shard is missing or damaged, or the index and the shards disagree.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        if (directory / INDEX).is_file():
+            weight_map: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))[
+                "weight_map"
+            ]
+            files = sorted(set(weight_map.values()))
+        elif (directory / SINGLE).is_file():
+            weight_map, files = {}, [SINGLE]
+        else:
+            raise UnsupportedCheckpoint(
+                f"{directory} holds neither {SINGLE} nor {INDEX}; only safetensors are read, never pickled weights"
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.file_of: dict[str, str] = {}
+        self.n_bytes = 0
+        for file in files:
+            for name, shape in self._header(file):
+                if name in self.file_of:
+                    raise CheckpointMismatch(f"{name} is in two shards, {self.file_of[name]} and {file}")
+                self.shapes[name], self.file_of[name] = shape, file
+            self.n_bytes += (directory / file).stat().st_size
+        for name, file in weight_map.items():
+            if self.file_of.get(name) != file:
+                raise CheckpointMismatch(f"{INDEX} promises {name} in {file}, which does not hold it")
+
+    def _header(self, file: str) -> list[tuple[str, tuple[int, ...]]]:
+        path = self.directory / file
+        # The index is data from elsewhere: it names files of its own directory and nothing else.
+        if Path(file).name != file or not path.is_file():
+            raise CheckpointMismatch(f"shard {file!r} is not in {self.directory}")
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return [(name, tuple(shard.get_slice(name).get_shape())) for name in shard.offset_keys()]
+        except SafetensorError as error:
+            raise CheckpointMismatch(f"shard {file} cannot be read as safetensors: {error}") from error
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, one after another in the order they lie in on disk, on the CPU. Each is only
+        good until the next is asked for."""
+        wanted = set(names)
+        for file in sorted({self.file_of[name] for name in names}):
+            waiting = [name for name in self.shapes if name in wanted and self.file_of[name] == file]
+            while waiting:
+                with safe_open(self.directory / file, framework="pt") as shard:
+                    read = 0
+                    while waiting and read < REMAP_EVERY_BYTES:
+                        name = waiting.pop(0)
+                        tensor = shard.get_tensor(name)
+                        read += tensor.nbytes
+                        yield name, tensor
+                        del tensor

@@ -1,0 +1,165 @@
+"""From a checkpoint to a hooked model: check everything, then read each tensor straight into its place."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from moe_lens.converters.checkpoint import Checkpoint
+from moe_lens.converters.errors import NotEnoughMemory, UnsupportedCheckpoint
+from moe_lens.converters.key_map import check_tensors, placements
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from moe_lens.config import MoEConfig
+from moe_lens.model.hooked_moe import HookedMoE
+
+BUNDLED = "mini"
+# What a checkpoint needs from the hub: no pickled weights, no code.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+# Room for the tensor in flight, the embedding of a batch, and the like.
+_HEADROOM = 1.15
+
+
+def load_pretrained(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    verbose: bool = True,
+) -> HookedMoE:
+    """See `HookedMoE.from_pretrained`."""
+    directory = find_checkpoint(path_or_hub_id, revision)
+    hf = read_hf_config(directory, str(path_or_hub_id))
+    cfg = convert_config(hf, name=str(path_or_hub_id), dtype=dtype, device=device, revision=revision)
+    with torch.device("meta"):
+        model = HookedMoE(cfg).to(cfg.dtype)
+
+    from moe_lens.converters import converter_for
+
+    checkpoint = Checkpoint(directory)
+    needed = placements(converter_for(cfg.model_type).key_map, cfg, model)
+    check_tensors(needed, checkpoint.shapes, model, cfg.model_type)
+    check_memory(model, cfg, verbose=verbose)
+
+    model.to_empty(device=cfg.device)
+    places = {name: place for name, place in needed.items() if place is not None}
+    with (
+        torch.no_grad(),
+        tqdm(total=len(places), desc=f"loading {cfg.model_name}", disable=not verbose) as bar,
+    ):
+        for name, tensor in checkpoint.tensors(list(places)):
+            view = places[name].view(model)
+            assert view is not None
+            view.copy_(tensor)
+            bar.update()
+    model.tokenizer = read_tokenizer(directory)
+    return model
+
+
+def find_checkpoint(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    """The directory of a checkpoint: the bundled one, one on disk, or one fetched from the hub.
+
+    Raises:
+        FileNotFoundError: neither a directory nor something the hub gives.
+    """
+    if str(path_or_hub_id) == BUNDLED:
+        return Path(str(files("moe_lens.assets"))) / BUNDLED
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists() or str(path_or_hub_id).count("/") != 1 or path.is_absolute():
+        raise FileNotFoundError(
+            f"{path_or_hub_id!r} is no checkpoint: give a directory, a hub id such as 'allenai/OLMoE-1B-7B-0924', "
+            f"or {BUNDLED!r}"
+        )
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{path_or_hub_id!r} is no directory here, and could not be fetched from the Hugging Face hub: {error}"
+        ) from error
+
+
+def read_hf_config(directory: Path, name: str) -> Any:
+    """The checkpoint's config through AutoConfig, after its model type was found to have a converter.
+
+    Raises:
+        UnsupportedCheckpoint: no config, or a model type without a converter.
+    """
+    from moe_lens.converters import converter_for
+
+    if not (directory / "config.json").is_file():
+        raise UnsupportedCheckpoint(f"{name} has no config.json")
+    raw, _ = PretrainedConfig.get_config_dict(directory)
+    converter_for(raw.get("model_type", "none given"))
+    return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
+def convert_config(
+    hf: Any,
+    *,
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> MoEConfig:
+    """A transformers config as a `MoEConfig`, with dtype (None: the checkpoint's, else float32) and device
+    (None: CUDA where there is one).
+
+    Raises:
+        UnsupportedCheckpoint: a feature that is not implemented.
+    """
+    from moe_lens.converters import converter_for
+
+    dtype = dtype or getattr(hf, "dtype", None) or torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UnsupportedCheckpoint(
+            f"{name}: dtype {dtype} is not implemented; ask for float32, bfloat16 or float16"
+        )
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cfg = converter_for(hf.model_type).read_config(hf)
+    return replace(cfg, model_name=name, dtype=dtype, device=device, revision=revision)
+
+
+def check_memory(model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
+    """Say what the weights will take, and refuse what cannot fit.
+
+    Raises:
+        NotEnoughMemory: naming the options.
+    """
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    needed = numbers * cfg.dtype.itemsize
+    if cfg.device.type == "cuda":
+        free = torch.cuda.mem_get_info(cfg.device)[0]
+    elif cfg.device.type == "meta":
+        return
+    else:
+        free = psutil.virtual_memory().available
+    gib = 2**30
+    line = (
+        f"{cfg.model_name}: {numbers / 1e6:,.1f} M parameters in {str(cfg.dtype).removeprefix('torch.')} take "
+        f"{needed / gib:.2f} GiB on {cfg.device}; {free / gib:.2f} GiB are free"
+    )
+    if needed * _HEADROOM > free:
+        raise NotEnoughMemory(
+            f"{line}. It cannot fit. Options: dtype=torch.bfloat16 (half of float32), another device=, or a machine "
+            f"with {needed * _HEADROOM / gib:.1f} GiB free"
+        )
+    if verbose:
+        print(line, file=sys.stderr)
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer, or None where its files are not there."""
+    if not any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -1,0 +1,1 @@
+"""The hooked model, readable top to bottom: `hooked_moe`, `block`, `attention`, `moe`, `norm`, `rotary`."""

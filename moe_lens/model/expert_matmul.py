@@ -1,0 +1,113 @@
+"""One matmul per expert over the slots that chose it: one function, two back ends.
+
+Slots are (token, choice) pairs. They are sorted by expert once, multiplied group by group, and put back
+into their places afterwards; `SlotOrder` remembers where everything went.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Backend = Literal["auto", "grouped", "loop"]
+
+
+@dataclass(frozen=True)
+class SlotOrder:
+    """Slots sorted by the expert they chose.
+
+    Attributes:
+        order: for each sorted place, the flat slot `(batch pos k)` that lies there.
+        inverse: for each flat slot, its sorted place.
+        tokens: for each sorted place, the flat token `(batch pos)` of its slot.
+        ends: for each expert, where its group ends (cumulative counts).
+        shape: (batch, pos, k).
+    """
+
+    order: Int[Tensor, " slot"]
+    inverse: Int[Tensor, " slot"]
+    tokens: Int[Tensor, " slot"]
+    ends: Int[Tensor, " expert"]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, indices: Int[Tensor, "batch pos k"], n_experts: int) -> SlotOrder:
+        batch, pos, k = indices.shape
+        experts, order = indices.flatten().sort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+        boundaries = torch.arange(1, n_experts + 1, device=order.device, dtype=experts.dtype)
+        ends = torch.searchsorted(experts, boundaries, out_int32=True)
+        return cls(order, inverse, order // k, ends, (batch, pos, k))
+
+    def gather(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "slot d"]:
+        """Each slot's token vector, in sorted order."""
+        return x.flatten(0, 1)[self.tokens]
+
+    def restore(self, sorted_slots: Float[Tensor, "slot d"]) -> Float[Tensor, "batch pos k d"]:
+        """Sorted slots, back in their places."""
+        batch, pos, k = self.shape
+        return rearrange(sorted_slots[self.inverse], "(b p k) d -> b p k d", b=batch, p=pos, k=k)
+
+    def sort(self, slots: Float[Tensor, "batch pos k d"]) -> Float[Tensor, "slot d"]:
+        """The inverse of `restore`."""
+        return rearrange(slots, "b p k d -> (b p k) d")[self.order]
+
+
+def expert_matmul(
+    x: Float[Tensor, "slot d_in"],
+    weight: Float[Tensor, "expert d_in d_out"],
+    ends: Int[Tensor, " expert"],
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "slot d_out"]:
+    """`x[slot] @ weight[expert of slot]`, for slots sorted by expert.
+
+    Args:
+        x: slot vectors, sorted by expert.
+        weight: the experts' matrices, stacked; views (a transpose, say) are welcome.
+        ends: where each expert's group of slots ends; the last one equals the number of slots.
+        backend: `grouped` is torch's grouped matmul; `loop` is a matmul per expert that has slots; `auto`
+            takes the first where torch has it for these tensors, else the second.
+
+    Raises:
+        ValueError: an unknown backend, or `grouped` for tensors that torch's kernel does not take.
+    """
+    if backend not in ("auto", "grouped", "loop"):
+        raise ValueError(f"backend must be 'auto', 'grouped' or 'loop', not {backend!r}")
+    can_group = _kernel_takes(x) and _kernel_takes(weight) and x.shape[0] > 0
+    if backend == "grouped" and not can_group:
+        raise ValueError(
+            f"torch's grouped matmul takes floating tensors whose rows are whole multiples of 16 bytes, not "
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} in {x.dtype}; use backend='loop'"
+        )
+    if backend == "loop" or not can_group:
+        return _loop(x, weight, ends)
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+def _kernel_takes(matrix: Tensor) -> bool:
+    """Whether torch's grouped matmul accepts this operand: every stride but the unit one in 16-byte steps."""
+    if matrix.device.type == "cuda" and torch.cuda.get_device_capability(matrix.device) < (8, 0):
+        return False
+    if matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
+        return False
+    rows, columns = matrix.stride()[-2:]
+    unit, step = (columns, rows) if columns == 1 else (rows, columns)
+    return unit == 1 and step * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    bounds = [0, *ends.tolist()]
+    groups = [
+        x[start:end] @ weight[expert]
+        for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        if end > start
+    ]
+    return torch.cat(groups) if groups else x.new_zeros(0, weight.shape[-1])

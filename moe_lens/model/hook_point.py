@@ -1,0 +1,51 @@
+"""A named place in the forward pass where a researcher can look or cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint as TransformerLensHookPoint
+
+# Where nnsight keeps its state on a module that it has wrapped. It registers no torch hook.
+_NNSIGHT_STATE = "__nnsight__"
+
+
+class HookPoint(TransformerLensHookPoint):
+    """TransformerLens's hook point, with in-place edits that are safe or refused.
+
+    Args:
+        pos_dim: the axis of the query position, for `pos_slice`.
+        shares_memory: the value handed over is also held under another name (`hook_resid_pre` is the
+            layer before's `hook_resid_post`); a listener then gets a clone, so that an in-place edit here
+            does not rewrite what was cached there.
+
+    In-place edits: without grad they act on what is handed over. With grad a clone is handed over, because
+    the operation that made the value may have saved it for its backward pass. Where a backward hook sits on
+    the point, torch itself refuses the edit with a RuntimeError: it would be lost to the hook's gradient.
+    """
+
+    def __init__(self, pos_dim: int = 1, *, shares_memory: bool = False):
+        super().__init__()
+        self.pos_dim = pos_dim
+        self.shares_memory = shares_memory
+
+    @property
+    def is_listened_to(self) -> bool:
+        """Whether anything would notice that this point runs: any hook of TransformerLens's or torch's, or a
+        tool that has wrapped the module."""
+        return bool(
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _NNSIGHT_STATE in self.__dict__
+        )
+
+    def __call__(self, value: Tensor, *args: Any) -> Tensor:
+        if self.is_listened_to:
+            carries_grad = torch.is_grad_enabled() and value.requires_grad
+            if self.shares_memory or (carries_grad and not self._backward_hooks):
+                value = value.clone()
+        return super().__call__(value, *args)

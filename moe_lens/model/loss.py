@@ -1,0 +1,36 @@
+"""Next-token cross-entropy, in nats, over real tokens only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def loss_per_token(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Bool[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """-log p(token at t + 1 | tokens up to t), for every t but the last; float32, nats.
+
+    NaN where the position or its next token is padding: such a position has no loss, and a statistic that
+    would take it for one shows at once.
+    """
+    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
+    if attention_mask is None:
+        return nll
+    return nll.masked_fill(~(attention_mask[:, :-1] & attention_mask[:, 1:]), torch.nan)
+
+
+def mean_loss(per_token: Float[Tensor, "batch pos_minus_1"]) -> Float[Tensor, ""]:
+    """The mean over positions that have a loss, in nats.
+
+    Raises:
+        ValueError: no position has one (a single token, or nothing but padding).
+    """
+    valid = per_token[~per_token.isnan()]
+    if valid.numel() == 0:
+        raise ValueError("no position has a next token, so there is no loss; give at least two real tokens")
+    return valid.mean()
