@@ -39,3 +39,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def hf(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
     """`hf(variant)`: that checkpoint as transformers loads it, float32, eager attention and experts."""
     return cache(lambda variant: hf_model(checkpoint(variant)))
+
+
+@pytest.fixture(scope="session")
+def hooked(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """`hooked(variant)`: that checkpoint as a HookedMoE, in float32. Tests leave it without hooks."""
+    from moe_lens import HookedMoE
+
+    def load(variant: str) -> Any:
+        return HookedMoE.from_pretrained(
+            checkpoint(variant), dtype=torch.float32, device="cpu", verbose=False
+        )
+
+    return cache(load)

@@ -233,10 +233,19 @@ def hf_model(
     attention: str = "eager",
     experts: str | None = "eager",
 ) -> PreTrainedModel:
-    """The checkpoint as transformers loads it. `experts=None` leaves the choice of expert kernel to it."""
-    choice = {"experts_implementation": experts} if experts else {}
+    """The checkpoint as transformers loads it.
+
+    `experts=None` leaves the choice of expert kernel to transformers, except for odd widths, at which its choice
+    (the grouped matmul) fails.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    if experts is None and getattr(config, "moe_intermediate_size", config.intermediate_size) % 8:
+        experts = "eager"
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=attention, **choice
+        directory,
+        dtype=dtype,
+        attn_implementation=attention,
+        **({"experts_implementation": experts} if experts else {}),
     )
     return model.eval()
 
