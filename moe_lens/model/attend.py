@@ -41,7 +41,7 @@ class Attend:
         rotary: the model's rotary configuration.
         shape: (batch, pos) of the tokens that are run now.
         attention_mask: `[batch, pos]` of these tokens, true where real. A padded key is seen by nobody but
-            its own query: that query attends to itself, so that no row is empty and nothing becomes NaN.
+            its own query, which sees nothing else: so no row is empty and nothing becomes NaN.
         positions: `[batch or 1, pos]`; counted from the first column when not given, padding included, as
             transformers' forward does (rotary angles only matter by their differences).
         past: the cache to read and extend.
@@ -83,13 +83,15 @@ class Attend:
     def _explicit_mask(
         start: int, n_queries: int, key_is_real: Bool[Tensor, "batch key"] | None, device: torch.device
     ) -> Bool[Tensor, "batch 1 query key"]:
-        """True where a query may see a key: earlier and real, or itself."""
+        """True where a query may see a key: itself, or an earlier one if both are real."""
         queries = torch.arange(start, start + n_queries, device=device)[:, None]
         keys = torch.arange(start + n_queries, device=device)[None, :]
         causal = (keys <= queries)[None, None]
         if key_is_real is None:
             return causal
-        return (causal & key_is_real[:, None, None, :]) | (keys == queries)[None, None]
+        query_is_real = key_is_real[:, start:]
+        both_real = key_is_real[:, None, None, :] & query_is_real[:, None, :, None]
+        return (causal & both_real) | (keys == queries)[None, None]
 
     def keys_and_values(
         self,
