@@ -7,7 +7,7 @@ nothing else. The flat names (`n_layers`, `n_heads`, `d_model`, ...) are Transfo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -136,7 +136,7 @@ class MoEConfig:
     shared: SharedExpertConfig | None = None
     tied_embeddings: bool = False
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     revision: str | None = None
 
     # Read by TransformerLens's ActivationCache and patching.

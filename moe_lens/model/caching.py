@@ -198,7 +198,8 @@ class HookedModel(HookedRootModule):
             value = value.detach()
             value = value if device is None else value.to(device)
             pos_dim = hook.pos_dim
-            assert pos_dim is not None and hook.name is not None
+            assert pos_dim is not None
+            assert hook.name is not None
             if remove_batch_dim:
                 if value.shape[0] != 1:
                     raise ValueError(

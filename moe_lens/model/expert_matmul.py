@@ -7,6 +7,7 @@ into their places afterwards; `SlotOrder` remembers where everything went.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -106,8 +107,6 @@ def _kernel_takes(matrix: Tensor) -> bool:
 def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     bounds = [0, *ends.tolist()]
     groups = [
-        x[start:end] @ weight[expert]
-        for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-        if end > start
+        x[start:end] @ weight[expert] for expert, (start, end) in enumerate(pairwise(bounds)) if end > start
     ]
     return torch.cat(groups) if groups else x.new_zeros(0, weight.shape[-1])

@@ -1,0 +1,41 @@
+# `make demo` and `make test` do everything on a fresh machine; each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test quick lint package bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/moe-lens demo --output report.html
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	# pyright reads the package as it is installed, where moe_lens.converters is in its place.
+	rm -rf build/installed
+	$(BIN)/pip install --quiet --no-deps --target build/installed .
+	$(BIN)/pyright --pythonpath $(BIN)/python build/installed/moe_lens
+
+package: $(VENV)/installed
+	rm -rf build/lib dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/load_memory.py
+
+# torch first and pinned, so that nothing pulls another build of it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) report.html *.egg-info
