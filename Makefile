@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	# pyright reads the package as it is installed, where moe_lens.converters is in its place.
 	rm -rf build/installed
 	$(BIN)/pip install --quiet --no-deps --target build/installed .
-	$(BIN)/pyright --pythonpath $(BIN)/python build/installed/moe_lens
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 package: $(VENV)/installed
 	rm -rf build/lib dist

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import NamesFilter
-from transformer_lens.utilities import Slice, SliceInput
+from transformer_lens.utilities.slice import Slice, SliceInput
 
 from moe_lens.model.hook_point import HookPoint
 
@@ -157,8 +157,8 @@ class HookedModel(HookedRootModule):
             remove_batch_dim: drop the batch axis, for a batch of one.
             incl_bwd: also run `backward()` on the output (a scalar, as with `return_type="loss"`), and cache
                 gradients as `<name>_grad`. Integer hooks have none.
-            pos_slice: positions to keep: an int drops the axis, a slice, list or `Slice` keeps it. Applied
-                on each hook's own (query) position axis.
+            pos_slice: positions to keep, on each hook's own (query) position axis. As in TransformerLens an
+                int keeps the axis, with length 1; `Slice(int)` drops it.
             return_cache_object: False gives a plain dict.
 
         Returns:

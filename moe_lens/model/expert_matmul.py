@@ -82,7 +82,9 @@ def expert_matmul(
     """
     if backend not in ("auto", "grouped", "loop"):
         raise ValueError(f"backend must be 'auto', 'grouped' or 'loop', not {backend!r}")
-    can_group = _kernel_takes(x) and _kernel_takes(weight) and x.shape[0] > 0
+    # The product's gradient is an operand of the backward pass, so its rows count as well.
+    d_out_is_aligned = weight.shape[-1] * weight.element_size() % 16 == 0
+    can_group = _kernel_takes(x) and _kernel_takes(weight) and d_out_is_aligned and x.shape[0] > 0
     if backend == "grouped" and not can_group:
         raise ValueError(
             f"torch's grouped matmul takes floating tensors whose rows are whole multiples of 16 bytes, not "

@@ -293,7 +293,7 @@ class HookedMoE(HookedModel, TextInterface):
             return out
         assert mask is not None
         rows = [row[int((~real).sum()) :] for row, real in zip(out, mask, strict=True)]
-        texts = [self.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]
+        texts = [self._require_tokenizer().decode(row.tolist(), skip_special_tokens=True) for row in rows]
         return texts[0] if isinstance(tokens_or_text, str) else texts
 
     # ---- what TransformerLens's ActivationCache and patching read ----
