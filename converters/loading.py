@@ -24,6 +24,8 @@ from moe_lens.model.hooked_moe import HookedMoE
 BUNDLED = "mini"
 # What a checkpoint needs from the hub: no pickled weights, no code.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+# Some repositories hold the weights twice, once in another layout.
+_NOT_HUB_FILES = ["consolidated*"]
 # Room for the tensor in flight, the embedding of a batch, and the like.
 _HEADROOM = 1.15
 
@@ -82,7 +84,10 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None) -> Path:
             f"or {BUNDLED!r}"
         )
     try:
-        return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=_HUB_FILES))
+        fetched = snapshot_download(
+            str(path_or_hub_id), revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+        )
+        return Path(fetched)
     except Exception as error:
         raise FileNotFoundError(
             f"{path_or_hub_id!r} is no directory here, and could not be fetched from the Hugging Face hub: {error}"

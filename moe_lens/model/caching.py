@@ -6,6 +6,7 @@ names raise, and every hook point knows its own position axis.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -67,8 +68,6 @@ class HookedModel(HookedRootModule):
     def _require_hook(self, name: str) -> None:
         if name in self.hook_dict:
             return
-        import difflib
-
         nearest = difflib.get_close_matches(name, self.hook_dict, n=3, cutoff=0.5)
         hint = f"; nearest are {', '.join(nearest)}" if nearest else ""
         raise ValueError(f"this model has no hook named {name!r}{hint}")
@@ -114,12 +113,12 @@ class HookedModel(HookedRootModule):
         """
         fired: set[str] = set()
 
-        def witnessed(hook: Callable[..., Any]) -> Callable[..., Any]:
-            def run(value: Tensor, hook_point: HookPoint) -> Any:
-                fired.add(hook_point.name or "")
-                return hook(value, hook=hook_point)
+        def witnessed(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
+            def run(value: Tensor, hook: HookPoint) -> Any:
+                fired.add(hook.name or "")
+                return hook_fn(value, hook=hook)
 
-            return lambda value, hook: run(value, hook)
+            return run
 
         out = super().run_with_hooks(
             *model_args, fwd_hooks=[(name, witnessed(hook)) for name, hook in fwd_hooks], **kwargs
