@@ -1,0 +1,97 @@
+"""How much work each expert gets: the share of tokens that choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.model.hooked_moe import HookedMoE
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLoad:
+    """The share of real tokens whose top-k holds each expert. A layer's shares sum to k.
+
+    Attributes:
+        shares: `[layer, expert]`, over the MoE layers in order.
+        layers: which layers those are.
+        top_k: experts a token chooses.
+        n_tokens: real tokens counted.
+    """
+
+    shares: Float[np.ndarray, "layer expert"]
+    layers: tuple[int, ...]
+    top_k: int
+    n_tokens: int
+
+    @property
+    def uniform(self) -> float:
+        """The share that every expert would have if all had the same: k / N."""
+        return self.top_k / self.shares.shape[1]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per (layer, expert): columns `layer`, `expert`, `share`."""
+        n_layers, n_experts = self.shares.shape
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(self.layers, n_experts),
+                "expert": np.tile(np.arange(n_experts), n_layers),
+                "share": self.shares.ravel(),
+            }
+        )
+
+
+class LoadCounter:
+    """Counts choices at `hook_expert_indices` over forward passes; `listening` wraps each."""
+
+    def __init__(self, model: HookedMoE):
+        self.model = model
+        self._counts = torch.zeros(len(model.cfg.moe_layers), model.cfg.n_experts, dtype=torch.long)
+        self._n_tokens = 0
+
+    @contextmanager
+    def listening(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
+    ) -> Iterator[None]:
+        """While open, exactly one forward pass of these tokens must be made; padding is not counted."""
+        chosen: dict[int, Int[Tensor, "batch pos k"]] = {}
+        hooks = [
+            (
+                f"blocks.{layer}.mlp.hook_expert_indices",
+                lambda value, hook, place=place: chosen.__setitem__(place, value),
+            )
+            for place, layer in enumerate(self.model.cfg.moe_layers)
+        ]
+        with self.model.hooks(hooks):
+            yield
+        self._add(chosen, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask)
+
+    def _add(self, chosen: Mapping[int, Int[Tensor, "batch pos k"]], real: Bool[Tensor, "batch pos"]) -> None:
+        if len(chosen) != len(self.model.cfg.moe_layers):
+            raise RuntimeError("listening() must see one whole forward pass of its tokens")
+        for place, indices in chosen.items():
+            counted = indices[real].flatten().cpu()
+            self._counts[place] += torch.bincount(counted, minlength=self.model.cfg.n_experts)
+        self._n_tokens += int(real.sum())
+
+    def result(self) -> ExpertLoad:
+        """The shares so far.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if self._n_tokens == 0:
+            raise ValueError("no tokens were counted")
+        return ExpertLoad(
+            shares=self._counts.double().numpy() / self._n_tokens,
+            layers=self.model.cfg.moe_layers,
+            top_k=self.model.cfg.top_k,
+            n_tokens=self._n_tokens,
+        )
