@@ -47,6 +47,7 @@ def run(
         _, cache = model.run_with_cache(
             tokens, attention_mask=mask, names_filter=names, return_type=None, return_cache_object=False
         )
+    assert isinstance(cache, dict)
     return tokens, cache, mask
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.attribution import relative_error
-from moe_lens.routing.document_mean import DocumentMean
+from moe_lens.routing.documents import DocumentMean, real_tokens
 from moe_lens.routing.readout import stacked_readouts
 from moe_lens.routing.senders import ROUNDING, StreamSum, senders_before, stream_rounds
 
@@ -170,7 +170,7 @@ class ContributionAccumulator:
         self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
     ) -> Iterator[None]:
         """While open, exactly one forward pass of these tokens must be made; it is added when this closes."""
-        batch = _Batch(self, _real_tokens(tokens, mask))
+        batch = _Batch(self, real_tokens(tokens, mask))
         with self.model.hooks(batch.hooks()):
             yield
         batch.finish()
@@ -179,6 +179,8 @@ class ContributionAccumulator:
         self, measures: Float[Tensor, "measure sender receiver batch pos"], real: Bool[Tensor, "batch pos"]
     ) -> None:
         """A batch's measures per token: to documents, to the means over documents."""
+        # What padded positions hold is no matter, but 0 times infinity would be.
+        measures = measures.masked_fill(~real, 0.0).double()
         is_lead = real & (real.long().cumsum(dim=1) == 1)
         for position, chosen in (("lead", is_lead), ("rest", real & ~is_lead)):
             counts = chosen.sum(dim=1)
@@ -282,7 +284,7 @@ class _Batch:
             rounding = self._project(self.stream.rounding(resid_mid), readout)
             self.measures[:, -1, place : place + 1] = _measures(rounding)
             total = total + rounding[:, :, 0]
-            ratio = self.stream.rounding_ratio(resid_mid)
+            ratio = self.stream.rounding_ratio(resid_mid, self.real)
             self.owner._rounding_ratio = max(self.owner._rounding_ratio or 0.0, ratio)
         self.expected = self._project(resid_mid, readout)[:, :, 0]
         self.got = total
@@ -327,11 +329,3 @@ def _measures(
         (scores.var(dim=-1, correction=0), scores.clamp(min=0).mean(dim=-1), scores.clamp(max=0).mean(dim=-1))
     )
     return stacked.movedim(-1, 1)
-
-
-def _real_tokens(
-    tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
-) -> Bool[Tensor, "batch pos"]:
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must be [batch, pos], one document a row, not {tuple(tokens.shape)}")
-    return torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device).bool()

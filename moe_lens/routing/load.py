@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routing.documents import real_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ class LoadCounter:
         ]
         with self.model.hooks(hooks):
             yield
-        self._add(chosen, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask)
+        self._add(chosen, real_tokens(tokens, mask))
 
     def _add(self, chosen: Mapping[int, Int[Tensor, "batch pos k"]], real: Bool[Tensor, "batch pos"]) -> None:
         if len(chosen) != len(self.model.cfg.moe_layers):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_lens.config import MoEConfig
@@ -95,12 +95,15 @@ class StreamSum:
         """What the stream holds beyond the senders' sum."""
         return stream.float() - self.total
 
-    def rounding_ratio(self, stream: Float[Tensor, "batch pos d_model"]) -> float:
-        """max |rounding| / its bound over tokens and coordinates: at most 1 where the senders are all there.
+    def rounding_ratio(
+        self, stream: Float[Tensor, "batch pos d_model"], real: Bool[Tensor, "batch pos"] | None = None
+    ) -> float:
+        """max |rounding| / its bound over (real) tokens and coordinates: at most 1 where the senders are all there.
 
         The bound is doubled, for what is not of first order: partial sums are those of the exact stream, and
         rounding near a power of two, or below the smallest normal number, falls out of the simple picture.
         """
         tiny = torch.finfo(torch.float16).tiny
         bound = 2 * self.roundoff * (self._partial_sums + tiny)
-        return float((self.rounding(stream).abs() / bound).max())
+        ratio = self.rounding(stream).abs() / bound
+        return float((ratio if real is None else ratio[real]).max())

@@ -1,9 +1,28 @@
-"""The mean over documents of something measured per document, with its standard error, as a stream."""
+"""Documents as rows of a batch: which of their tokens are real, and means over documents as a stream."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def real_tokens(
+    tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None
+) -> Bool[Tensor, "batch pos"]:
+    """The mask as booleans on the tokens' device; all true where there is none.
+
+    Raises:
+        ValueError: tokens are not `[batch, pos]`, or the mask has another shape.
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [batch, pos], one document a row, not {tuple(tokens.shape)}")
+    if mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"the mask {tuple(mask.shape)} must have the tokens' shape {tuple(tokens.shape)}")
+    return mask.to(tokens.device).bool()
 
 
 class DocumentMean:
