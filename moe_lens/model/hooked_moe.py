@@ -25,6 +25,7 @@ from moe_lens.model.norm import RMSNorm
 from moe_lens.model.text import Text, TextInterface
 
 ReturnType = Literal["logits", "loss", "both"] | None
+_TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class HookedMoE(HookedModel, TextInterface):
@@ -113,6 +114,8 @@ class HookedMoE(HookedModel, TextInterface):
         first, last = self._layer_range(start_at_layer, stop_at_layer)
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type must be 'logits', 'loss', 'both' or None, not {return_type!r}")
+        if stop_at_layer is not None and return_type in ("loss", "both"):
+            raise ValueError("with stop_at_layer the residual stream is returned; there is no loss to return")
         if start_at_layer is None:
             tokens, mask = self.tokens_and_mask(tokens_or_text, attention_mask)
             residual = self.hook_embed(self.embed(tokens))
@@ -169,14 +172,14 @@ class HookedMoE(HookedModel, TextInterface):
             tokens, mask = self.tokenize(tokens_or_text, prepend_bos=prepend_bos)
             return tokens, None if bool(mask.all()) else mask
         tokens = tokens_or_text
-        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
+        if not isinstance(tokens, Tensor) or tokens.dtype not in _TOKEN_DTYPES or tokens.ndim not in (1, 2):
             described = (
                 f"{tokens.dtype} {tuple(tokens.shape)}"
                 if isinstance(tokens, Tensor)
                 else type(tokens).__name__
             )
             raise ValueError(f"tokens must be integers [batch, pos] (or text), not {described}")
-        tokens = (tokens if tokens.ndim == 2 else tokens[None]).to(self.cfg.device)
+        tokens = (tokens if tokens.ndim == 2 else tokens[None]).to(self.cfg.device, torch.long)
         if tokens.numel() == 0:
             raise ValueError(f"there are no tokens: shape {tuple(tokens.shape)}")
         low, high = tokens.aminmax()
@@ -189,6 +192,8 @@ class HookedMoE(HookedModel, TextInterface):
     def _check_mask(self, mask: Tensor | None, shape: torch.Size) -> Bool[Tensor, "batch pos"] | None:
         if mask is None:
             return None
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"attention_mask must be a tensor [batch, pos], not {type(mask).__name__}")
         mask = mask if mask.ndim == 2 else mask[None]
         if mask.shape != shape:
             raise ValueError(f"attention_mask {tuple(mask.shape)} must have the tokens' shape {tuple(shape)}")
@@ -276,6 +281,8 @@ class HookedMoE(HookedModel, TextInterface):
         if isinstance(tokens_or_text, Tensor):
             tokens, mask = self.tokens_and_mask(tokens_or_text, attention_mask)
         else:
+            if attention_mask is not None:
+                raise ValueError("attention_mask goes with tokens; for text it is made from the text")
             tokens, mask = self.tokenize(tokens_or_text, prepend_bos=prepend_bos, padding_side="left")
         out = generate_tokens(
             self,

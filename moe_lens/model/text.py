@@ -41,12 +41,18 @@ class TextInterface:
             padding_side: where shorter rows are padded.
 
         Raises:
-            ValueError: no tokenizer, no text, or `prepend_bos=True` without a BOS token.
+            ValueError: no tokenizer, no text, something else than text, or `prepend_bos=True` without a BOS
+                token.
         """
         tokenizer = self._require_tokenizer()
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("there is no text: the list is empty")
+        strange = [type(item).__name__ for item in texts if not isinstance(item, str)]
+        if strange:
+            raise ValueError(f"text must be strings, not {strange[0]}; tokens go in as a tensor of integers")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
         rows: list[list[int]] = tokenizer(texts, add_special_tokens=prepend_bos is None)["input_ids"]
         if prepend_bos:
             if tokenizer.bos_token_id is None:
