@@ -92,7 +92,11 @@ def expert_matmul(
         )
     if backend == "loop" or not can_group:
         return _loop(x, weight, ends)
-    return F.grouped_mm(x, weight, offs=ends)
+    out = F.grouped_mm(x, weight, offs=ends)
+    if out.requires_grad:
+        # Its backward pass refuses a gradient that was expanded from fewer numbers, as that of a sum is.
+        out.register_hook(Tensor.contiguous)
+    return out
 
 
 def _kernel_takes(matrix: Tensor) -> bool:
