@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,3 +52,31 @@ def hooked(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
         )
 
     return cache(load)
+
+
+def leftover_hooks(model: Any) -> list[str]:
+    """Hook points that still carry a hook of TransformerLens's or of torch's."""
+    return [
+        name
+        for name, point in model.hook_dict.items()
+        if point.has_hooks()
+        or point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    ]
+
+
+@pytest.fixture
+def model_of(hooked: Callable[[str], Any]) -> Iterator[Callable[[str], Any]]:
+    """`hooked`, with a check afterwards that no hook was left on the models used."""
+    used: list[Any] = []
+
+    def load(variant: str) -> Any:
+        used.append(hooked(variant))
+        return used[-1]
+
+    yield load
+    for model in used:
+        model.set_use_attn_result(False)
+        assert leftover_hooks(model) == []

@@ -109,6 +109,20 @@ def reference_loss_per_token(hf_model: Any, tokens: Tensor, attention_mask: Tens
     return loss
 
 
+def assert_same(actual: Tensor, expected: Tensor, name: str = "", *, tolerance: float = 2e-5) -> None:
+    """The same shape, integers and infinities, and finite entries equal relative to the largest of them."""
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected), f"{name}: other integers"
+        return
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{name}: not finite at the same places"
+    assert torch.equal(actual[~finite], expected[~finite]), f"{name}: other infinities"
+    size = expected[finite].abs().max().clamp(min=1e-6)
+    error = (actual - expected)[finite].abs().max() / size
+    assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
 # --- what a query may see -----------------------------------------------------------------------------------
 
 

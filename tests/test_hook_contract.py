@@ -6,7 +6,7 @@ Each test runs over every hook point of every variant. What edits do is in test_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,47 +17,10 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from tests.families import FAMILIES, VARIANTS, prompts
-from tests.reference import reference_cache
+from tests.reference import assert_same, reference_cache
 
 PADDINGS = ("none", "left", "right")
 INTEGER = "hook_expert_indices"
-
-
-def assert_value(actual: Tensor, expected: Tensor, name: str) -> None:
-    """Equal up to float32 rounding relative to the largest finite entry; the same shape and infinities."""
-    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    if not expected.is_floating_point():
-        assert torch.equal(actual, expected), f"{name}: other integers"
-        return
-    finite = expected.isfinite()
-    assert torch.equal(actual.isfinite(), finite), f"{name}: not finite at the same places"
-    assert torch.equal(actual[~finite], expected[~finite]), f"{name}: other infinities"
-    error = (actual - expected)[finite].abs().max() / expected[finite].abs().max()
-    assert error < 2e-5, f"{name}: relative error {error:.1e}"
-
-
-def leftover_hooks(model: Any) -> list[str]:
-    """Hook points that still carry a hook of TransformerLens's or of torch's."""
-    return [
-        name
-        for name, point in model.hook_dict.items()
-        if point.has_hooks() or point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
-    ]
-
-
-@pytest.fixture
-def model_of(hooked: Callable[[str], Any]) -> Iterator[Callable[[str], Any]]:
-    """`hooked`, with a check afterwards that nothing was left on the models used."""
-    used: list[Any] = []
-
-    def load(variant: str) -> Any:
-        used.append(hooked(variant))
-        return used[-1]
-
-    yield load
-    for model in used:
-        model.set_use_attn_result(False)
-        assert leftover_hooks(model) == []
 
 
 # --- names and values ---------------------------------------------------------------------------------------
@@ -81,7 +44,7 @@ def test_every_value_equals_the_reference(model_of: Any, hf: Any, variant: str, 
     assert isinstance(cache, ActivationCache)
     assert set(cache.keys()) == set(expected)
     for name, value in expected.items():
-        assert_value(cache[name], value, name)
+        assert_same(cache[name], value, name)
     torch.testing.assert_close(logits[mask.bool()], plain[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
@@ -93,7 +56,7 @@ def test_every_value_when_listened_to_alone(model_of: Any, hf: Any, variant: str
         with torch.no_grad():
             _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=name)
         assert list(cache.keys()) == [name]
-        assert_value(cache[name], value, name)
+        assert_same(cache[name], value, name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -128,7 +91,7 @@ def test_remove_batch_dim(model_of: Any, hf: Any) -> None:
     _, cache = model.run_with_cache(tokens, remove_batch_dim=True, return_cache_object=False)
     for name, value in reference_cache(hf("deepseek_v2"), tokens).items():
         if name in cache:
-            assert_value(cache[name], value[0], name)
+            assert_same(cache[name], value[0], name)
     with pytest.raises((ValueError, AssertionError), match="batch"):
         model.run_with_cache(prompts()[0], remove_batch_dim=True)
 
@@ -315,4 +278,3 @@ def test_hooks_are_gone_after_an_error(model_of: Any) -> None:
 
     with pytest.raises(KeyError, match="from the hook"):
         model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_mlp_out", fail)])
-    assert leftover_hooks(model) == []

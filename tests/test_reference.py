@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from tests.families import VARIANTS, VOCABULARY, hf_model, prompts, write_checkpoint
 from tests.reference import (
+    assert_same,
     reference_cache,
     reference_logits,
     reference_loss_per_token,
@@ -25,16 +26,6 @@ from tests.reference import (
 )
 
 PADDINGS = ("none", "left", "right")
-
-
-def assert_same(actual: Tensor, expected: Tensor, name: str = "") -> None:
-    """Equal up to float32 rounding, relative to the largest finite entry."""
-    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} != {tuple(expected.shape)}"
-    finite = expected.isfinite()
-    assert torch.equal(finite, actual.isfinite()), f"{name}: not finite at the same places"
-    size = expected[finite].abs().max().clamp(min=1e-3)
-    error = (actual - expected)[finite].abs().max() / size
-    assert error < 1e-5, f"{name}: relative error {error:.2e}"
 
 
 @contextmanager
