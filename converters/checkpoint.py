@@ -18,7 +18,7 @@ SINGLE = "model.safetensors"
 
 # A shard stays mapped while it is open, and its pages that were read count as this process's memory. Opening
 # it anew after this many bytes lets them go.
-REMAP_EVERY_BYTES = 256 * 2**20
+REMAP_EVERY_BYTES = 64 * 2**20
 
 
 class Checkpoint:
