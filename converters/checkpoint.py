@@ -15,6 +15,8 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Plain numbers. Integers and eight-bit floats are codes of a quantised checkpoint, not its weights.
+STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 
 # A shard stays mapped while it is open, and its pages that were read count as this process's memory. Opening
 # it anew after this many bytes lets them go.
@@ -35,9 +37,7 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         if (directory / INDEX).is_file():
-            weight_map: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))[
-                "weight_map"
-            ]
+            weight_map = self._weight_map()
             files = sorted(set(weight_map.values()))
         elif (directory / SINGLE).is_file():
             weight_map, files = {}, [SINGLE]
@@ -58,6 +58,13 @@ class Checkpoint:
             if self.file_of.get(name) != file:
                 raise CheckpointMismatch(f"{INDEX} promises {name} in {file}, which does not hold it")
 
+    def _weight_map(self) -> dict[str, str]:
+        """The index: every tensor's name, and the shard that holds it."""
+        try:
+            return dict(json.loads((self.directory / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointMismatch(f"{INDEX} is no index of shards: {error!r}") from error
+
     def _header(self, file: str) -> list[tuple[str, tuple[int, ...]]]:
         path = self.directory / file
         # The index is data from elsewhere: it names files of its own directory and nothing else.
@@ -65,7 +72,13 @@ class Checkpoint:
             raise CheckpointMismatch(f"shard {file!r} is not in {self.directory}")
         try:
             with safe_open(path, framework="pt") as shard:
-                return [(name, tuple(shard.get_slice(name).get_shape())) for name in shard.offset_keys()]
+                slices = [(name, shard.get_slice(name)) for name in shard.offset_keys()]
+                for name, stored in slices:
+                    if stored.get_dtype() not in STORED_DTYPES:
+                        raise CheckpointMismatch(
+                            f"{name} is stored as {stored.get_dtype()}; only {', '.join(STORED_DTYPES)} are read"
+                        )
+                return [(name, tuple(stored.get_shape())) for name, stored in slices]
         except SafetensorError as error:
             raise CheckpointMismatch(f"shard {file} cannot be read as safetensors: {error}") from error
 

@@ -40,6 +40,8 @@ def read_config(hf: Any) -> MoEConfig:
     require(hf, "mlp_bias", False)
     require(hf, "norm_topk_prob", False, because="transformers ignores it, the original code does not")
     require(hf, "topk_method", "greedy", "group_limited_greedy")
+    require(hf, "scoring_func", "softmax", None)
+    require(hf, "moe_layer_freq", 1, None)
     if not hf.n_shared_experts:
         raise UnsupportedCheckpoint(
             f"{MODEL_TYPE}: config field n_shared_experts={hf.n_shared_experts} is not implemented, only 1 or more"

@@ -11,12 +11,14 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from moe_lens.converters.checkpoint import Checkpoint
 from moe_lens.converters.errors import NotEnoughMemory, UnsupportedCheckpoint
 from moe_lens.converters.key_map import check_tensors, placements
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from moe_lens.config import MoEConfig
 from moe_lens.model.hooked_moe import HookedMoE
@@ -98,7 +100,7 @@ def read_hf_config(directory: Path, name: str) -> Any:
     """The checkpoint's config through AutoConfig, after its model type was found to have a converter.
 
     Raises:
-        UnsupportedCheckpoint: no config, or a model type without a converter.
+        UnsupportedCheckpoint: no config, one that transformers refuses, or a model type without a converter.
     """
     from moe_lens.converters import converter_for
 
@@ -106,7 +108,10 @@ def read_hf_config(directory: Path, name: str) -> Any:
         raise UnsupportedCheckpoint(f"{name} has no config.json")
     raw, _ = PretrainedConfig.get_config_dict(directory)
     converter_for(raw.get("model_type", "none given"))
-    return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise UnsupportedCheckpoint(f"{name}: transformers refuses its config: {error}") from error
 
 
 def convert_config(
@@ -132,6 +137,8 @@ def convert_config(
         )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg = converter_for(hf.model_type).read_config(hf)
+    if cfg.act_fn not in ACT2FN:
+        raise UnsupportedCheckpoint(f"{name}: config field hidden_act={cfg.act_fn!r} is not implemented")
     return replace(cfg, model_name=name, dtype=dtype, device=device, revision=revision)
 
 

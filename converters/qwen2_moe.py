@@ -11,6 +11,7 @@ from moe_lens.converters.config_reading import (
     require,
     require_plain_weights,
 )
+from moe_lens.converters.errors import UnsupportedCheckpoint
 from moe_lens.converters.key_map import ATTENTION, DECODER, DENSE_MLP, ROUTED_EXPERTS, KeyMap
 
 from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
@@ -32,6 +33,10 @@ KEY_MAP: KeyMap = {
 def read_config(hf: Any) -> MoEConfig:
     require_plain_weights(hf)
     require(hf, "use_sliding_window", False)
+    if any(kind != "full_attention" for kind in hf.layer_types):
+        raise UnsupportedCheckpoint(
+            f"{MODEL_TYPE}: config field layer_types={hf.layer_types} is not implemented, only 'full_attention'"
+        )
     d_head = d_head_of(hf)
     return MoEConfig(
         model_type=MODEL_TYPE,
