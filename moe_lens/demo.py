@@ -1,0 +1,205 @@
+"""The main job on real text: verify a model, explain every routing decision over layers, count expert loads.
+
+`moe-lens demo` and `make demo` run this and write what it gives as `report.html`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from moe_lens.audit.verification import Verification, verify
+from moe_lens.config import MoEConfig
+from moe_lens.corpus import Document, TokenBatches, bos_by_default, bundled_documents, token_batches
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
+from moe_lens.routing.contributions import MEASURES, ContributionAccumulator, RoutingContributions
+from moe_lens.routing.load import ExpertLoad, LoadCounter
+
+MINIMUM_DOCUMENTS = 40
+MINIMUM_TOKENS = 8_000
+COMPLETENESS_TOLERANCE = 1e-5
+
+# What of a document is read at most, in tokens, where the model's context is longer.
+_MAX_LENGTH = 512
+_BATCH_SIZE = 8
+_VERIFIED_DOCUMENTS = 8
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        cfg: the model's facts; `n_parameters` and `stored_dtype` are its checkpoint's.
+        verification: against transformers, on the first documents.
+        contributions: over all documents.
+        completeness_error: the largest over batches, routers and both ways of taking the sum (a cached batch at
+            once, and the stream): max |sum of scores - logits| / max |logits|.
+        load: of every expert.
+        documents: one row each: `document`, `topic`, `tokens`, `loss` (nats per token).
+        loss: the mean over all tokens that have a next one, in nats.
+        n_tokens, n_truncated_documents, n_truncated_tokens: of the corpus.
+        seconds: the whole run.
+    """
+
+    cfg: MoEConfig
+    n_parameters: int
+    stored_dtype: torch.dtype
+    verification: Verification
+    contributions: RoutingContributions
+    completeness_error: float
+    load: ExpertLoad
+    documents: pd.DataFrame
+    loss: float
+    n_tokens: int
+    n_truncated_documents: int
+    n_truncated_tokens: int
+    seconds: float
+
+    @property
+    def closes(self) -> bool:
+        """Whether every router's scores summed to its logits."""
+        return self.completeness_error <= COMPLETENESS_TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        return self.closes and self.verification.passed
+
+    def top_senders(self, measure: str, n: int = 5) -> pd.DataFrame:
+        """The senders of the largest measure (by size, at all tokens but the lead), averaged over the routers that
+        they reach: columns `sender`, `mean`, `routers` (how many that is)."""
+        values = self.contributions.measure(measure)["rest"]
+        means = np.array([row[~np.isnan(row)].mean() for row in values])
+        order = np.argsort(-np.abs(means), kind="stable")[:n]
+        return pd.DataFrame(
+            {
+                "sender": [self.contributions.senders[i] for i in order],
+                "mean": means[order],
+                "routers": [int((~np.isnan(values[i])).sum()) for i in order],
+            }
+        )
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        layer, expert = np.unravel_index(self.load.shares.argmin(), self.load.shares.shape)
+        layer_, expert_ = np.unravel_index(self.load.shares.argmax(), self.load.shares.shape)
+        checks = self.verification.checks
+        lines = [
+            f"{self.cfg.model_name}: stored in {_name(self.stored_dtype)}, run in {_name(self.cfg.dtype)}",
+            f"corpus: {self.n_tokens} tokens in {len(self.documents)} documents; cut: {self.n_truncated_tokens} "
+            f"tokens of {self.n_truncated_documents} documents",
+            f"loss: {self.loss:.3f} nats per token",
+            f"verification: {sum(check.passed for check in checks)} of {len(checks)} checks passed",
+            f"router logits equal the sum over layers to {self.completeness_error:.1e} (tolerance "
+            f"{COMPLETENESS_TOLERANCE:.0e}): {'ok' if self.closes else 'FAIL'}",
+        ]
+        for measure in MEASURES:
+            top = self.top_senders(measure)
+            named = ", ".join(f"{s} {m:.3g}" for s, m in zip(top["sender"], top["mean"], strict=True))
+            lines.append(f"largest mean {measure} over later routers: {named}")
+        lines.append(
+            f"expert load: from {self.load.shares.min():.1%} of tokens (layer {self.load.layers[layer]}, expert "
+            f"{expert}) to {self.load.shares.max():.1%} (layer {self.load.layers[layer_]}, expert {expert_}); even is "
+            f"{self.load.uniform:.1%}"
+        )
+        lines.append(f"time: {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def run_demo(
+    model: str | Path = "mini",
+    *,
+    documents: list[Document] | None = None,
+    device: torch.device | str | None = None,
+    verbose: bool = True,
+) -> DemoResult:
+    """Verify a model and take its routing apart on held-out text, in float32.
+
+    Args:
+        model: a checkpoint directory, a hub id, or `"mini"`; weights stored in half precision are upcast.
+        documents: None is the bundled demo subset.
+        device: as in `HookedMoE.from_pretrained`.
+        verbose: show progress.
+
+    Raises:
+        ValueError: fewer documents or tokens than a result could stand on; what `verify` raises.
+    """
+    start = time.monotonic()
+    documents = bundled_documents(demo_only=True) if documents is None else documents
+    if len(documents) < MINIMUM_DOCUMENTS:
+        raise ValueError(f"the demo needs {MINIMUM_DOCUMENTS} documents; there are {len(documents)}")
+    hooked = HookedMoE.from_pretrained(model, dtype=torch.float32, device=device, verbose=verbose)
+    corpus = token_batches(
+        hooked,
+        documents,
+        batch_size=_BATCH_SIZE,
+        max_length=min(_MAX_LENGTH, hooked.cfg.n_ctx),
+        prepend_bos=bos_by_default(hooked),
+        truncate=True,
+    )
+    if corpus.n_tokens < MINIMUM_TOKENS:
+        raise ValueError(f"the demo needs {MINIMUM_TOKENS} tokens; the documents have {corpus.n_tokens}")
+
+    batch = next(iter(corpus))
+    verification = verify(
+        hooked, model, batch.tokens[:_VERIFIED_DOCUMENTS], attention_mask=batch.mask[:_VERIFIED_DOCUMENTS]
+    )
+    contributions, load, per_document, loss, error = _run_corpus(hooked, corpus)
+    return DemoResult(
+        cfg=hooked.cfg,
+        n_parameters=sum(parameter.numel() for parameter in hooked.parameters()),
+        stored_dtype=_stored_dtype(model),
+        verification=verification,
+        contributions=contributions,
+        completeness_error=max(error, contributions.completeness_error),
+        load=load,
+        documents=per_document,
+        loss=loss,
+        n_tokens=corpus.n_tokens,
+        n_truncated_documents=corpus.n_truncated_documents,
+        n_truncated_tokens=corpus.n_truncated_tokens,
+        seconds=time.monotonic() - start,
+    )
+
+
+@torch.no_grad()
+def _run_corpus(
+    model: HookedMoE, corpus: TokenBatches
+) -> tuple[RoutingContributions, ExpertLoad, pd.DataFrame, float, float]:
+    """One pass over the documents: contributions, load, losses, and the worst error of a cached batch's sums."""
+    receivers = model.cfg.moe_layers
+    hooks = attribution_hooks(model, receivers)
+    accumulator, counter = ContributionAccumulator(model), LoadCounter(model)
+    rows, error = [], 0.0
+    for tokens, mask, documents in corpus:
+        with accumulator.listening(tokens, mask), counter.listening(tokens, mask):
+            per_token, cache = model.run_with_cache(
+                tokens, attention_mask=mask, names_filter=hooks, return_type="loss", loss_per_token=True
+            )
+        for receiver in receivers:
+            error = max(error, router_logit_attrs(model, cache, receiver=receiver).completeness_error)
+        for document, losses, real in zip(documents, per_token, mask, strict=True):
+            valid = losses[~losses.isnan()].double()
+            rows.append((document.name, document.topic, int(real.sum()), len(valid), float(valid.sum())))
+    frame = pd.DataFrame(rows, columns=["document", "topic", "tokens", "predicted", "loss"])
+    loss = sum(row[4] for row in rows) / sum(row[3] for row in rows)
+    # A document of one token predicts nothing: its loss is NaN, and shows as such.
+    frame["loss"] = frame["loss"] / frame["predicted"].where(frame["predicted"] > 0)
+    return accumulator.result(), counter.result(), frame.drop(columns="predicted"), loss, error
+
+
+def _stored_dtype(model: str | Path) -> torch.dtype:
+    from moe_lens.converters.loading import find_checkpoint, read_hf_config
+
+    config = read_hf_config(find_checkpoint(model, None), str(model))
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
