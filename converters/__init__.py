@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lens.config import MoEConfig
 from moe_lens.converters import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
 from moe_lens.converters.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedCheckpoint
 from moe_lens.converters.key_map import KeyMap
-
-from moe_lens.config import MoEConfig
 
 
 @dataclass(frozen=True)

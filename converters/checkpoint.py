@@ -9,14 +9,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_lens.converters.errors import CheckpointMismatch, UnsupportedCheckpoint
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from moe_lens.converters.errors import CheckpointMismatch, UnsupportedCheckpoint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Plain numbers. Integers and eight-bit floats are codes of a quantised checkpoint, not its weights.
-STORED_DTYPES = ("F32", "BF16", "F16", "F64")
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 # A shard stays mapped while it is open, and its pages that were read count as this process's memory. Opening
 # it anew after this many bytes lets them go.
@@ -28,6 +30,7 @@ class Checkpoint:
 
     Attributes:
         shapes: every tensor's shape by name, from the files' headers.
+        dtype: that of the first tensor.
 
     Raises:
         UnsupportedCheckpoint: no safetensors here.
@@ -36,11 +39,12 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        if (directory / INDEX).is_file():
+        # One file goes before an index, as in transformers: saving again in one file leaves an old index behind.
+        if (directory / SINGLE).is_file():
+            weight_map, files = {}, [SINGLE]
+        elif (directory / INDEX).is_file():
             weight_map = self._weight_map()
             files = sorted(set(weight_map.values()))
-        elif (directory / SINGLE).is_file():
-            weight_map, files = {}, [SINGLE]
         else:
             raise UnsupportedCheckpoint(
                 f"{directory} holds neither {SINGLE} nor {INDEX}; only safetensors are read, never pickled weights"
@@ -48,6 +52,7 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.file_of: dict[str, str] = {}
         self.n_bytes = 0
+        self.dtype: torch.dtype | None = None
         for file in files:
             for name, shape in self._header(file):
                 if name in self.file_of:
@@ -61,9 +66,12 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str]:
         """The index: every tensor's name, and the shard that holds it."""
         try:
-            return dict(json.loads((self.directory / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            weight_map = dict(json.loads((self.directory / INDEX).read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointMismatch(f"{INDEX} is no index of shards: {error!r}") from error
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointMismatch(f"{INDEX} is no index of shards: it names files that are no text")
+        return weight_map
 
     def _header(self, file: str) -> list[tuple[str, tuple[int, ...]]]:
         path = self.directory / file
@@ -78,9 +86,23 @@ class Checkpoint:
                         raise CheckpointMismatch(
                             f"{name} is stored as {stored.get_dtype()}; only {', '.join(STORED_DTYPES)} are read"
                         )
+                if self.dtype is None and slices:
+                    self.dtype = STORED_DTYPES[slices[0][1].get_dtype()]
                 return [(name, tuple(stored.get_shape())) for name, stored in slices]
         except SafetensorError as error:
             raise CheckpointMismatch(f"shard {file} cannot be read as safetensors: {error}") from error
+
+    def equal(self, first: str, second: str, rows: int = 4096) -> bool:
+        """Whether two stored matrices hold the same numbers; read a few rows at a time."""
+        if self.shapes[first] != self.shapes[second]:
+            return False
+        with (
+            safe_open(self.directory / self.file_of[first], framework="pt") as one,
+            safe_open(self.directory / self.file_of[second], framework="pt") as other,
+        ):
+            a, b = one.get_slice(first), other.get_slice(second)
+            starts = range(0, self.shapes[first][0], rows)
+            return all(torch.equal(a[start : start + rows], b[start : start + rows]) for start in starts)
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors, one after another in the order they lie in on disk, on the CPU. Each is only

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from moe_lens.converters.errors import UnsupportedCheckpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe_lens.config import RotaryConfig
+from moe_lens.converters.errors import UnsupportedCheckpoint
 
 # Scalings whose frequencies do not change with the length of the input.
 _STATIC_SCALINGS = ("linear", "yarn", "llama3")

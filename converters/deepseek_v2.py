@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moe_lens.config import LatentAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_lens.converters.config_reading import read_rotary, require, require_plain_weights
 from moe_lens.converters.errors import UnsupportedCheckpoint
 from moe_lens.converters.key_map import DECODER, DENSE_MLP, ROUTED_EXPERTS, KeyMap
-
-from moe_lens.config import LatentAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
 
 MODEL_TYPE = "deepseek_v2"
 
@@ -42,11 +41,13 @@ def read_config(hf: Any) -> MoEConfig:
     require(hf, "topk_method", "greedy", "group_limited_greedy")
     require(hf, "scoring_func", "softmax", None)
     require(hf, "moe_layer_freq", 1, None)
-    if not hf.n_shared_experts:
-        raise UnsupportedCheckpoint(
-            f"{MODEL_TYPE}: config field n_shared_experts={hf.n_shared_experts} is not implemented, only 1 or more"
-        )
+    require(hf, "num_key_value_heads", hf.num_attention_heads, because="latent attention has no grouped keys")
     grouped = hf.topk_method == "group_limited_greedy"
+    for field in ("n_shared_experts", "num_experts_per_tok", *(("n_group", "topk_group") if grouped else ())):
+        if not getattr(hf, field):
+            raise UnsupportedCheckpoint(
+                f"{MODEL_TYPE}: config field {field}={getattr(hf, field)} is not implemented, only 1 or more"
+            )
     return MoEConfig(
         model_type=MODEL_TYPE,
         model_name=hf.name_or_path,

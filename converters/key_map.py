@@ -16,10 +16,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from moe_lens.converters.errors import CheckpointMismatch
 from torch import Tensor, nn
 
 from moe_lens.config import MoEConfig
+from moe_lens.converters.errors import CheckpointMismatch
 
 KeyMap = dict[str, str | None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from importlib.resources import files
@@ -12,20 +13,21 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from moe_lens.converters.checkpoint import Checkpoint
-from moe_lens.converters.errors import NotEnoughMemory, UnsupportedCheckpoint
-from moe_lens.converters.key_map import check_tensors, placements
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from moe_lens.config import MoEConfig
+from moe_lens.converters.checkpoint import Checkpoint
+from moe_lens.converters.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedCheckpoint
+from moe_lens.converters.key_map import KeyMap, check_tensors, placements
 from moe_lens.model.hooked_moe import HookedMoE
 
 BUNDLED = "mini"
 # What a checkpoint needs from the hub: no pickled weights, no code.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_HUB_CONFIG = ["*.json", "*.model", "*.txt"]
+_HUB_WEIGHTS = [*_HUB_CONFIG, "*.safetensors"]
 # Some repositories hold the weights twice, once in another layout.
 _NOT_HUB_FILES = ["consolidated*"]
 # Room for the tensor in flight, the embedding of a batch, and the like.
@@ -41,18 +43,25 @@ def load_pretrained(
     verbose: bool = True,
 ) -> HookedMoE:
     """See `HookedMoE.from_pretrained`."""
-    directory = find_checkpoint(path_or_hub_id, revision)
-    hf = read_hf_config(directory, str(path_or_hub_id))
-    cfg = convert_config(hf, name=str(path_or_hub_id), dtype=dtype, device=device, revision=revision)
-    with torch.device("meta"):
-        model = HookedMoE(cfg).to(cfg.dtype)
-
     from moe_lens.converters import converter_for
 
-    checkpoint = Checkpoint(directory)
-    needed = placements(converter_for(cfg.model_type).key_map, cfg, model)
-    check_tensors(needed, checkpoint.shapes, model, cfg.model_type)
+    # Config first: what cannot be loaded is told before its weights are fetched.
+    directory = find_checkpoint(path_or_hub_id, revision, _HUB_CONFIG)
+    hf = read_hf_config(directory, str(path_or_hub_id))
+    if dtype is None and getattr(hf, "dtype", None) is None:
+        dtype = Checkpoint(find_checkpoint(path_or_hub_id, revision, _HUB_WEIGHTS)).dtype
+    cfg = convert_config(hf, name=str(path_or_hub_id), dtype=dtype, device=device, revision=revision)
+    cfg = replace(cfg, **read_generation_ids(directory, hf))
+    with torch.device("meta"):
+        model = HookedMoE(cfg).to(cfg.dtype)
     check_memory(model, cfg, verbose=verbose)
+
+    key_map = converter_for(cfg.model_type).key_map
+    checkpoint = Checkpoint(find_checkpoint(path_or_hub_id, revision, _HUB_WEIGHTS))
+    needed = placements(key_map, cfg, model)
+    check_tensors(needed, checkpoint.shapes, model, cfg.model_type)
+    if cfg.tied_embeddings:
+        check_tied(key_map, checkpoint)
 
     model.to_empty(device=cfg.device)
     places = {name: place for name, place in needed.items() if place is not None}
@@ -64,13 +73,19 @@ def load_pretrained(
             view = places[name].view(model)
             assert view is not None
             view.copy_(tensor)
+            # After the copy, because a narrower dtype may overflow.
+            if not bool(view.isfinite().all()):
+                raise CheckpointMismatch(f"{name} holds NaN or infinity in {cfg.dtype}")
             bar.update()
     model.tokenizer = read_tokenizer(directory)
     return model
 
 
-def find_checkpoint(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def find_checkpoint(path_or_hub_id: str | Path, revision: str | None, wanted: list[str]) -> Path:
     """The directory of a checkpoint: the bundled one, one on disk, or one fetched from the hub.
+
+    Args:
+        wanted: patterns of the files to fetch; what is on disk already is there anyway.
 
     Raises:
         FileNotFoundError: neither a directory nor something the hub gives.
@@ -82,18 +97,47 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None) -> Path:
         return path
     if path.exists() or str(path_or_hub_id).count("/") != 1 or path.is_absolute():
         raise FileNotFoundError(
-            f"{path_or_hub_id!r} is no checkpoint: give a directory, a hub id such as 'allenai/OLMoE-1B-7B-0924', "
-            f"or {BUNDLED!r}"
+            f"{str(path_or_hub_id)!r} is no checkpoint: give a directory, a hub id such as "
+            f"'allenai/OLMoE-1B-7B-0924', or {BUNDLED!r}"
         )
     try:
         fetched = snapshot_download(
-            str(path_or_hub_id), revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+            str(path_or_hub_id), revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_HUB_FILES
         )
         return Path(fetched)
     except Exception as error:
         raise FileNotFoundError(
-            f"{path_or_hub_id!r} is no directory here, and could not be fetched from the Hugging Face hub: {error}"
+            f"{str(path_or_hub_id)!r} is no directory here, and could not be fetched from the Hugging Face hub: {error}"
         ) from error
+
+
+def read_generation_ids(directory: Path, hf: Any) -> dict[str, Any]:
+    """Which tokens end a text, and which one fills a row that has ended: `generation_config.json`'s, else the
+    config's, as transformers' `generate` reads them."""
+    path = directory / "generation_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def read(field: str) -> Any:
+        return stored[field] if stored.get(field) is not None else getattr(hf, field, None)
+
+    end, pad = read("eos_token_id"), read("pad_token_id")
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    return {"eos_token_ids": ends, "pad_token_id": pad}
+
+
+def check_tied(key_map: KeyMap, checkpoint: Checkpoint) -> None:
+    """A checkpoint whose config ties the unembedding to the embedding may store both, if they are the same.
+
+    Raises:
+        CheckpointMismatch: they differ, so that one of config and weights is wrong.
+    """
+    name_of = {place: name for name, place in key_map.items()}
+    embedding, unembedding = name_of["embed.weight"], name_of["unembed.weight"]
+    if unembedding in checkpoint.shapes and not checkpoint.equal(embedding, unembedding):
+        raise CheckpointMismatch(
+            f"the config says tie_word_embeddings=true, but {unembedding} and {embedding} are stored and differ; "
+            f"if the stored one is meant, set tie_word_embeddings to false in config.json"
+        )
 
 
 def read_hf_config(directory: Path, name: str) -> Any:
@@ -131,9 +175,10 @@ def convert_config(
     from moe_lens.converters import converter_for
 
     dtype = dtype or getattr(hf, "dtype", None) or torch.float32
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedCheckpoint(
-            f"{name}: dtype {dtype} is not implemented; ask for float32, bfloat16 or float16"
+            f"{name}: dtype {dtype} is not implemented (softmax, norms and rotation run in float32); ask for "
+            f"dtype=torch.float32, bfloat16 or float16"
         )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg = converter_for(hf.model_type).read_config(hf)
@@ -155,7 +200,7 @@ def check_memory(model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
     elif cfg.device.type == "meta":
         return
     else:
-        free = psutil.virtual_memory().available
+        free = min(psutil.virtual_memory().available, _container_memory())
     gib = 2**30
     line = (
         f"{cfg.model_name}: {numbers / 1e6:,.1f} M parameters in {str(cfg.dtype).removeprefix('torch.')} take "
@@ -168,6 +213,16 @@ def check_memory(model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
         )
     if verbose:
         print(line, file=sys.stderr)
+
+
+def _container_memory() -> float:
+    """Bytes that this process's control group still allows; infinite where there is no such limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return float("inf") if limit == "max" else int(limit) - int(used)
+    except (OSError, ValueError):
+        return float("inf")
 
 
 def read_tokenizer(directory: Path) -> Any:

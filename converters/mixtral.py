@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig
 from moe_lens.converters.config_reading import d_head_of, read_rotary, require, require_plain_weights
 from moe_lens.converters.key_map import ATTENTION, DECODER, KeyMap
-
-from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig
 
 MODEL_TYPE = "mixtral"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_lens.converters.config_reading import (
     d_head_of,
     moe_layers_by_step,
@@ -13,8 +14,6 @@ from moe_lens.converters.config_reading import (
 )
 from moe_lens.converters.errors import UnsupportedCheckpoint
 from moe_lens.converters.key_map import ATTENTION, DECODER, DENSE_MLP, ROUTED_EXPERTS, KeyMap
-
-from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
 
 MODEL_TYPE = "qwen2_moe"
 

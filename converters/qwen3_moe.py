@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig
 from moe_lens.converters.config_reading import (
     d_head_of,
     moe_layers_by_step,
@@ -12,8 +13,6 @@ from moe_lens.converters.config_reading import (
     require_plain_weights,
 )
 from moe_lens.converters.key_map import ATTENTION, DECODER, DENSE_MLP, QUERY_KEY_NORM, ROUTED_EXPERTS, KeyMap
-
-from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig
 
 MODEL_TYPE = "qwen3_moe"
 

@@ -138,6 +138,10 @@ class MoEConfig:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     revision: str | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a generated text."""
+    pad_token_id: int | None = None
+    """What `generate` fills a row with that has ended; None is the token that ended it."""
 
     # Read by TransformerLens's ActivationCache and patching.
     attn_only: bool = False

@@ -71,7 +71,7 @@ def our_run(model: HookedMoE, tokens: Tensor, mask: Tensor | None) -> Run:
         loss_per_token=True,
     )
     router_logits = {layer: cache[name].float() for layer, name in names.items()}
-    mean = float(mean_loss(loss)) if bool(logits.isfinite().all()) else float("nan")
+    mean = float(mean_loss(loss, mask))
     return Run(logits, loss, mean, router_logits)
 
 

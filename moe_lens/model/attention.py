@@ -85,7 +85,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch query head d_value"]:
         """z: values averaged by the attention pattern. Scores and pattern are only made when listened to."""
         queries, keys, values = (rearrange(t, "b p h d -> b h p d") for t in (queries, keys, values))
-        if self.hook_attn_scores.is_listened_to or self.hook_pattern.is_listened_to:
+        listened_to = self.hook_attn_scores.is_listened_to or self.hook_pattern.is_listened_to
+        if listened_to or _fused_would_hide_nan(queries, keys):
             group = self.n_heads // self.n_key_value_heads
             keys, values = (repeat(t, "b h k d -> b (h group) k d", group=group) for t in (keys, values))
             scores = queries @ keys.transpose(-1, -2) * self.softmax_scale
@@ -112,6 +113,11 @@ class Attention(nn.Module):
         result = einsum(z, self.W_O, "b p head d_value, head d_value d_model -> b p head d_model")
         out = self.hook_result(result).sum(dim=2)
         return out if self.o_proj.bias is None else out + self.o_proj.bias
+
+
+def _fused_would_hide_nan(queries: Tensor, keys: Tensor) -> bool:
+    """Whether a NaN or infinity would vanish: torch's fused kernel on the CPU gives z = 0 for it."""
+    return queries.device.type == "cpu" and not bool(queries.isfinite().all() & keys.isfinite().all())
 
 
 class GroupedQueryAttention(Attention):

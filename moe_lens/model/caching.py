@@ -43,6 +43,7 @@ class HookedModel(HookedRootModule):
         if isinstance(names, str):
             names = [names]
         if names is not None and not callable(names):
+            names = list(names)
             for name in names:
                 self._require_hook(name)
             if len(names) == 0:
@@ -78,10 +79,23 @@ class HookedModel(HookedRootModule):
         for matched in self.matching_hooks(name):
             super().add_hook(matched, hook, *args, **kwargs)
 
-    def add_caching_hooks(
-        self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any
+    def add_caching_hooks(  # type: ignore[override]
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        return super().add_caching_hooks(self.matching_hooks(names_filter), *args, **kwargs)
+        """Add, and leave, the hooks that fill a cache on every run; see `run_with_cache`."""
+        stored, forward_hooks, backward_hooks = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, cache
+        )
+        for name, hook in forward_hooks:
+            self.hook_dict[name].add_hook(hook, "fwd")  # type: ignore[arg-type]
+        for name, hook in backward_hooks:
+            self.hook_dict[name].add_hook(hook, "bwd")  # type: ignore[arg-type]
+        return stored
 
     @contextmanager
     def hooks(
@@ -105,7 +119,7 @@ class HookedModel(HookedRootModule):
         fwd_hooks: Sequence[tuple[HookName, Callable[..., Any]]] = (),
         **kwargs: Any,
     ) -> Any:
-        """TransformerLens's `run_with_hooks`; a hook given by its name that never ran raises.
+        """TransformerLens's `run_with_hooks`; a forward hook given by its name that never ran raises.
 
         Raises:
             ValueError: an unknown name, or a predicate that matches nothing.
@@ -148,6 +162,11 @@ class HookedModel(HookedRootModule):
         **model_kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """Run the model and keep what passed its hook points.
+
+        In half precision, listening to `hook_attn_scores`, `hook_pattern` or `hook_result` changes the rounding
+        of attention (it is then computed step by step), and a token whose experts were nearly tied may be
+        routed otherwise than in a run that does not listen to them. Compare runs that listen to the same of
+        these three, or run in float32.
 
         Args:
             model_args, model_kwargs: for `forward`.

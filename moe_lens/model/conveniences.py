@@ -31,6 +31,8 @@ def routing_table(
         `rank` (1 is the heaviest), `expert`, `routing_weight` (as applied), `probability` (over all experts,
         before top-k) and `router_logit`. `position` counts real tokens of its document from 0.
     """
+    if not model.cfg.moe_layers:
+        raise ValueError(f"{model.cfg.model_name} has no MoE layer, so nothing is routed")
     tokens, mask = model.tokens_and_mask(tokens_or_text, attention_mask)
     points = ("hook_router_logits", "hook_expert_weights", "hook_expert_indices", "hook_routing_weights")
     names = [f"blocks.{layer}.mlp.{point}" for layer in model.cfg.moe_layers for point in points]
@@ -38,11 +40,10 @@ def routing_table(
         _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=names, return_type=None)
 
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    document, column = (axis.tolist() for axis in real.nonzero(as_tuple=True))
+    document = real.nonzero(as_tuple=True)[0].tolist()
     position = (real.long().cumsum(dim=1) - 1)[real].tolist()
     ids = tokens[real].tolist()
     text = ids if model.tokenizer is None else [model.to_string(i) for i in ids]
-    n_tokens = len(column)
 
     frames = []
     for layer in model.cfg.moe_layers:
@@ -50,6 +51,8 @@ def routing_table(
             cache[f"blocks.{layer}.mlp.{p}"][real].cpu() for p in points
         )
         k = indices.shape[-1]
+        # By weight, not by slot: forced experts keep the caller's order.
+        ranks = weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 1
         frames.append(
             pd.DataFrame(
                 {
@@ -57,7 +60,7 @@ def routing_table(
                     "position": torch.tensor(position).repeat_interleave(k),
                     "token": [t for t in text for _ in range(k)],
                     "layer": layer,
-                    "rank": list(range(1, k + 1)) * n_tokens,
+                    "rank": ranks.flatten(),
                     "expert": indices.flatten(),
                     "routing_weight": weights.float().flatten(),
                     "probability": probabilities.gather(-1, indices).float().flatten(),
@@ -106,7 +109,9 @@ def _answer_tokens(
         ids = answer.flatten().tolist()
     else:
         answers = [answer] if isinstance(answer, (str, int)) else list(answer)
-        ids = [model.to_single_token(a) if isinstance(a, str) else int(a) for a in answers]
+        ids = [model.to_single_token(a) if isinstance(a, str) else a for a in answers]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"an answer is one token, as text or as an integer id, not {ids}")
     if len(ids) == 1:
         ids = ids * n_prompts
     if len(ids) != n_prompts:

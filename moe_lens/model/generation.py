@@ -28,9 +28,12 @@ def generate_tokens(
     eos_token_id: int | list[int] | None,
     seed: int | None,
 ) -> Int[Tensor, "batch longer"]:
-    """Extend every row by up to `max_new_tokens`. After its end-of-text token a row is filled with that
-    token; generation stops when all rows have ended. Positions count real tokens only, so that left
-    padding changes nothing."""
+    """Extend every row by up to `max_new_tokens`.
+
+    After the token that ended it, a row is filled with the padding token (with that token where the checkpoint
+    names none); generation stops when all rows have ended. Positions count real tokens only, so that left
+    padding changes nothing.
+    """
     _check_sampling(max_new_tokens, do_sample, temperature, top_k, top_p, model.cfg.d_vocab)
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise ValueError("generate needs rows that end in a real token: pad on the left")
@@ -47,7 +50,8 @@ def generate_tokens(
     positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     past = KeyValueCache()
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    fill = end_ids[0] if len(end_ids) else None
+    pad = model.cfg.pad_token_id
+    fill = None if not len(end_ids) else end_ids[0] if pad is None else end_ids.new_tensor(pad)
     out, step, step_mask = tokens, tokens, real
     for _ in range(max_new_tokens):
         attend = Attend(

@@ -17,6 +17,7 @@ class HookPoint(TransformerLensHookPoint):
 
     Args:
         pos_dim: the axis of the query position, for `pos_slice`.
+        may_change_shape: whether a returned edit may have another shape (forced experts may be more or fewer).
         shares_memory: the value handed over is also held under another name (`hook_resid_pre` is the
             layer before's `hook_resid_post`); a listener then gets a clone, so that an in-place edit here
             does not rewrite what was cached there.
@@ -24,11 +25,15 @@ class HookPoint(TransformerLensHookPoint):
     In-place edits: without grad they act on what is handed over. With grad a clone is handed over, because
     the operation that made the value may have saved it for its backward pass. Where a backward hook sits on
     the point, torch itself refuses the edit with a RuntimeError: it would be lost to the hook's gradient.
+
+    Returned edits keep the shape, or raise: broadcasting would change the run without a word. A floating edit
+    in another dtype (a float32 steering vector in a bfloat16 model) is cast to the value's.
     """
 
-    def __init__(self, pos_dim: int = 1, *, shares_memory: bool = False):
+    def __init__(self, pos_dim: int = 1, *, shares_memory: bool = False, may_change_shape: bool = False):
         super().__init__()
         self.pos_dim = pos_dim
+        self.may_change_shape = may_change_shape
         self.shares_memory = shares_memory
 
     @property
@@ -48,4 +53,16 @@ class HookPoint(TransformerLensHookPoint):
             carries_grad = torch.is_grad_enabled() and value.requires_grad
             if self.shares_memory or (carries_grad and not self._backward_hooks):
                 value = value.clone()
-        return super().__call__(value, *args)
+        edited = super().__call__(value, *args)
+        return edited if edited is value else self._checked(edited, value)
+
+    def _checked(self, edited: Any, value: Tensor) -> Tensor:
+        if not isinstance(edited, Tensor):
+            raise TypeError(f"{self.name}: an edit must be a tensor, not {type(edited).__name__}")
+        if edited.shape != value.shape and not self.may_change_shape:
+            raise ValueError(
+                f"{self.name}: an edit must keep the shape {list(value.shape)}, and this one has {list(edited.shape)}"
+            )
+        if edited.is_floating_point() and value.is_floating_point():
+            return edited.to(value.dtype)
+        return edited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,12 @@ class HookedMoE(HookedModel, TextInterface):
                 )
             tokens, residual = None, self._check_residual(tokens_or_text)
             mask = self._check_mask(attention_mask, residual.shape[:2])
+        if residual.shape[1] > self.cfg.n_ctx:
+            warnings.warn(
+                f"{residual.shape[1]} positions are more than the {self.cfg.n_ctx} that {self.cfg.model_name} was made "
+                f"for; what it does beyond them was never trained",
+                stacklevel=2,
+            )
 
         attend = Attend(
             self.cfg.rotary, (residual.shape[0], residual.shape[1]), residual.device, attention_mask=mask
@@ -141,7 +148,7 @@ class HookedMoE(HookedModel, TextInterface):
             return logits
         assert tokens is not None
         loss = per_token_cross_entropy(logits, tokens, mask)
-        loss = loss if loss_per_token else mean_loss(loss)
+        loss = loss if loss_per_token else mean_loss(loss, mask)
         return loss if return_type == "loss" else (logits, loss)
 
     def run_blocks(
@@ -272,12 +279,12 @@ class HookedMoE(HookedModel, TextInterface):
             tokens_or_text: tokens give tokens back, text gives text.
             attention_mask: for tokens padded on the left; texts are padded there.
             temperature, top_k, top_p: shape the distribution that is sampled from.
-            eos_token_id: None is the tokenizer's end-of-text token, if it has one.
+            eos_token_id: None is what the checkpoint's generation config or config says, else the tokenizer's.
             stop_at_eos: False ignores the end-of-text token.
             seed: makes a sample repeatable.
         """
-        if eos_token_id is None and stop_at_eos and self.tokenizer is not None:
-            eos_token_id = self.tokenizer.eos_token_id
+        if eos_token_id is None:
+            eos_token_id = list(self.cfg.eos_token_ids) or getattr(self.tokenizer, "eos_token_id", None)
         if isinstance(tokens_or_text, Tensor):
             tokens, mask = self.tokens_and_mask(tokens_or_text, attention_mask)
         else:

@@ -24,13 +24,17 @@ def loss_per_token(
     return nll.masked_fill(~(attention_mask[:, :-1] & attention_mask[:, 1:]), torch.nan)
 
 
-def mean_loss(per_token: Float[Tensor, "batch pos_minus_1"]) -> Float[Tensor, ""]:
+def mean_loss(
+    per_token: Float[Tensor, "batch pos_minus_1"], attention_mask: Bool[Tensor, "batch pos"] | None = None
+) -> Float[Tensor, ""]:
     """The mean over positions that have a loss, in nats.
+
+    Which those are, the mask says, not the values: a NaN at a real position makes the mean NaN.
 
     Raises:
         ValueError: no position has one (a single token, or nothing but padding).
     """
-    valid = per_token[~per_token.isnan()]
+    valid = per_token if attention_mask is None else per_token[attention_mask[:, :-1] & attention_mask[:, 1:]]
     if valid.numel() == 0:
         raise ValueError("no position has a next token, so there is no loss; give at least two real tokens")
     return valid.mean()

@@ -21,14 +21,16 @@ from moe_lens.model.mlp import GatedMLP
 def eligible_probabilities(
     probabilities: Float[Tensor, "batch pos expert"], cfg: RouterConfig
 ) -> Float[Tensor, "batch pos expert"]:
-    """Probabilities with the experts outside the best groups set to zero (DeepSeek-V2, arXiv:2405.04434,
-    section 2.2.2); unchanged for a router without groups."""
+    """Probabilities with the experts outside the best groups at -inf, so that top-k cannot choose them
+    (DeepSeek-V2, arXiv:2405.04434, section 2.2.2); unchanged for a router without groups."""
     if cfg.n_groups == 1:
         return probabilities
     grouped = rearrange(probabilities, "b p (group member) -> b p group member", group=cfg.n_groups)
     best_groups = grouped.amax(dim=-1).topk(cfg.top_k_groups, dim=-1).indices
     allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, True)
-    return rearrange(grouped.masked_fill(~allowed[..., None], 0.0), "b p group member -> b p (group member)")
+    return rearrange(
+        grouped.masked_fill(~allowed[..., None], -torch.inf), "b p group member -> b p (group member)"
+    )
 
 
 def applied_weights(
@@ -83,7 +85,7 @@ class MoE(nn.Module):
         self.act_fn = ACT2FN[cfg.act_fn]
         self.hook_router_logits = HookPoint()
         self.hook_expert_weights = HookPoint()
-        self.hook_expert_indices = HookPoint()
+        self.hook_expert_indices = HookPoint(may_change_shape=True)
         self.hook_routing_weights = HookPoint()
         self.hook_expert_pre = HookPoint()
         self.hook_expert_pre_linear = HookPoint()

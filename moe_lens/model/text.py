@@ -80,8 +80,20 @@ class TextInterface:
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] = "right",
     ) -> Int[Tensor, "batch pos"]:
-        """Text as tokens `[batch, pos]`; `tokenize` gives the mask of real tokens too."""
-        return self.tokenize(text, prepend_bos=prepend_bos, padding_side=padding_side)[0]
+        """Text as tokens `[batch, pos]`, for texts of one length.
+
+        Raises:
+            ValueError: the texts have different lengths, so that padding would be taken for text.
+        """
+        tokens, mask = self.tokenize(text, prepend_bos=prepend_bos, padding_side=padding_side)
+        if not bool(mask.all()):
+            lengths = mask.sum(dim=1)
+            raise ValueError(
+                f"the texts are {int(lengths.min())} to {int(lengths.max())} tokens long, and tokens alone do not say "
+                f"which are padding; use model.tokenize(texts), which gives the attention mask too, or give the "
+                f"model the texts themselves"
+            )
+        return tokens
 
     def to_string(self, tokens: Int[Tensor, "*shape"] | list[int] | int) -> str | list[str]:
         """Tokens as text: one string for one row, a list for a batch."""
