@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -26,8 +27,8 @@ from moe_lens.model.hooked_moe import HookedMoE
 
 BUNDLED = "mini"
 # What a checkpoint needs from the hub: no pickled weights, no code.
-_HUB_CONFIG = ["*.json", "*.model", "*.txt"]
-_HUB_WEIGHTS = [*_HUB_CONFIG, "*.safetensors"]
+HUB_CONFIG = ("*.json", "*.model", "*.txt")
+HUB_WEIGHTS = (*HUB_CONFIG, "*.safetensors")
 # Some repositories hold the weights twice, once in another layout.
 _NOT_HUB_FILES = ["consolidated*"]
 # Room for the tensor in flight, the embedding of a batch, and the like.
@@ -46,10 +47,10 @@ def load_pretrained(
     from moe_lens.converters import converter_for
 
     # Config first: what cannot be loaded is told before its weights are fetched.
-    directory = find_checkpoint(path_or_hub_id, revision, _HUB_CONFIG)
+    directory = find_checkpoint(path_or_hub_id, revision, HUB_CONFIG)
     hf = read_hf_config(directory, str(path_or_hub_id))
     if dtype is None and getattr(hf, "dtype", None) is None:
-        dtype = Checkpoint(find_checkpoint(path_or_hub_id, revision, _HUB_WEIGHTS)).dtype
+        dtype = Checkpoint(find_checkpoint(path_or_hub_id, revision, HUB_WEIGHTS)).dtype
     cfg = convert_config(hf, name=str(path_or_hub_id), dtype=dtype, device=device, revision=revision)
     cfg = replace(cfg, **read_generation_ids(directory, hf))
     with torch.device("meta"):
@@ -57,7 +58,7 @@ def load_pretrained(
     check_memory(model, cfg, verbose=verbose)
 
     key_map = converter_for(cfg.model_type).key_map
-    checkpoint = Checkpoint(find_checkpoint(path_or_hub_id, revision, _HUB_WEIGHTS))
+    checkpoint = Checkpoint(find_checkpoint(path_or_hub_id, revision, HUB_WEIGHTS))
     needed = placements(key_map, cfg, model)
     check_tensors(needed, checkpoint.shapes, model, cfg.model_type)
     if cfg.tied_embeddings:
@@ -81,11 +82,13 @@ def load_pretrained(
     return model
 
 
-def find_checkpoint(path_or_hub_id: str | Path, revision: str | None, wanted: list[str]) -> Path:
+def find_checkpoint(
+    path_or_hub_id: str | Path, revision: str | None = None, wanted: Sequence[str] = HUB_CONFIG
+) -> Path:
     """The directory of a checkpoint: the bundled one, one on disk, or one fetched from the hub.
 
     Args:
-        wanted: patterns of the files to fetch; what is on disk already is there anyway.
+        wanted: patterns of the files to fetch: `HUB_CONFIG` or `HUB_WEIGHTS`.
 
     Raises:
         FileNotFoundError: neither a directory nor something the hub gives.
@@ -102,7 +105,10 @@ def find_checkpoint(path_or_hub_id: str | Path, revision: str | None, wanted: li
         )
     try:
         fetched = snapshot_download(
-            str(path_or_hub_id), revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_HUB_FILES
+            str(path_or_hub_id),
+            revision=revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=_NOT_HUB_FILES,
         )
         return Path(fetched)
     except Exception as error:

@@ -185,7 +185,8 @@ def _run_corpus(
         for receiver in receivers:
             error = max(error, router_logit_attrs(model, cache, receiver=receiver).completeness_error)
         for document, losses, real in zip(documents, per_token, mask, strict=True):
-            valid = losses[~losses.isnan()].double()
+            # By the mask, not by the values: a NaN at a real position must show.
+            valid = losses[real[:-1] & real[1:]].double()
             rows.append((document.name, document.topic, int(real.sum()), len(valid), float(valid.sum())))
     frame = pd.DataFrame(rows, columns=["document", "topic", "tokens", "predicted", "loss"])
     loss = sum(row[4] for row in rows) / sum(row[3] for row in rows)

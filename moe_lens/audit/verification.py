@@ -85,9 +85,9 @@ def load_reference(model: HookedMoE, path_or_hub_id: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: no such checkpoint.
     """
-    from moe_lens.converters.loading import find_checkpoint
+    from moe_lens.converters.loading import HUB_WEIGHTS, find_checkpoint
 
-    directory = find_checkpoint(path_or_hub_id, model.cfg.revision)
+    directory = find_checkpoint(path_or_hub_id, model.cfg.revision, HUB_WEIGHTS)
     reference: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=model.cfg.dtype, use_safetensors=True, trust_remote_code=False
     )
