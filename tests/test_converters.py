@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, OlmoeConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_lens import HookedMoE
 from moe_lens.converters import (
     REGISTRY,
     CheckpointMismatch,
@@ -27,12 +33,6 @@ from moe_lens.converters import (
 )
 from moe_lens.converters.checkpoint import INDEX, SINGLE, Checkpoint
 from moe_lens.converters.key_map import check_tensors, placements
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, OlmoeConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from moe_lens import HookedMoE
 from tests.families import FAMILIES, VARIANTS, hf_model, prompts, variant_config, write_checkpoint
 from tests.full_size_configs import FULL_SIZE_CONFIGS, PUBLISHED_BILLIONS
 
@@ -396,11 +396,11 @@ def test_pickles_are_never_opened(copy: Any, tmp_path: Path) -> None:
     directory, sprung = copy("olmoe"), tmp_path / "sprung"
     set_pickle_trap(directory, sprung)
     load(directory)
+    (directory / SINGLE).unlink()
     (directory / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin"}}))
     with pytest.raises(CheckpointMismatch, match=r"shard pytorch_model.bin cannot be read as safetensors"):
         load(directory)
     (directory / INDEX).unlink()
-    (directory / SINGLE).unlink()
     with pytest.raises(UnsupportedCheckpoint, match="only safetensors are read, never pickled weights"):
         load(directory)
     assert not sprung.exists()

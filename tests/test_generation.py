@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lens import HookedMoE
 from moe_lens.model.attend import Attend, KeyValueCache
-from tests.families import EOS, PLAIN_VARIANTS, VOCABULARY, prompts
+from tests.families import EOS, PAD, PLAIN_VARIANTS, VOCABULARY, prompts
 from tests.reference import reference_logits
 
 
@@ -23,14 +23,14 @@ def hooked(checkpoint: Callable[[str], Path]) -> Callable[[str], HookedMoE]:
 
 
 def greedy_in_transformers(model: Any, tokens: Tensor, mask: Tensor, steps: int, end: int | None) -> Tensor:
-    """Transformers' greedy search; ended rows are filled with the end token, as `generate` fills them."""
+    """Transformers' greedy search; rows that have ended are filled with the checkpoint's padding token."""
     return model.generate(
         tokens,
         attention_mask=mask,
         max_new_tokens=steps,
         do_sample=False,
         eos_token_id=end,
-        pad_token_id=0 if end is None else end,
+        pad_token_id=PAD,
     )
 
 
@@ -55,15 +55,16 @@ def test_end_of_text_is_transformers(hooked: Any, hf: Any, variant: str) -> None
         end = int(free[row, tokens.shape[1] + step])
         ours = hooked(variant).generate(tokens, 12, attention_mask=mask, eos_token_id=end)
         assert torch.equal(ours, greedy_in_transformers(hf(variant), tokens, mask, 12, end))
-        assert (ours[row, tokens.shape[1] + step :] == end).all()
+        assert ours[row, tokens.shape[1] + step] == end
+        assert (ours[row, tokens.shape[1] + step + 1 :] == PAD).all()
 
     first_words = free[:, tokens.shape[1]].tolist()
     stopped = hooked(variant).generate(tokens, 12, attention_mask=mask, eos_token_id=first_words)
     assert stopped.shape[1] == tokens.shape[1] + 1
 
 
-def test_end_of_text_of_the_tokenizer(hooked: Any) -> None:
-    """Without `eos_token_id`, the tokenizer's own; `stop_at_eos=False` goes on past it."""
+def test_end_of_text_of_the_checkpoint(hooked: Any) -> None:
+    """Without `eos_token_id`, the checkpoint's own; `stop_at_eos=False` goes on past it."""
     model = hooked("olmoe")
     tokens, _ = prompts(batch=2)
 
