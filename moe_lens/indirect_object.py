@@ -167,7 +167,58 @@ _OBJECTS = (
 )  # fmt: skip
 
 # {first} and {second} are the two names in the order of their first mention, {subject} the repeated one.
-TRAIN_TEMPLATES: tuple[str, ...] = (
+_SUBORDINATE_OPENINGS = (
+    "When {first} and {second} got to the {place}",
+    "After {first} and {second} left the {place}",
+    "As {first} and {second} were leaving the {place}",
+    "Once {first} and {second} had found the {place}",
+    "The day that {first} and {second} opened the {place}",
+    "Although {first} did not like {second} at the {place}",
+    "Just before the {place} opened for {first} and {second}",
+    "If {first} and {second} ever come to the {place}",
+)
+_SUBORDINATE_ENDINGS = (
+    ", {subject} gave a {object} to",
+    ", {subject} gave the {object} to",
+    ", {subject} handed the {object} to",
+    ", {subject} offered a {object} to",
+    ", {subject} showed the {object} to",
+    ", {subject} will sell a {object} to",
+    ", {subject} could lend the {object} to",
+    ", {subject} took a {object} and passed it to",
+)
+_MAIN_OPENINGS = (
+    "One evening {first} and {second} walked past the {place}",
+    "At noon {first} met {second} in front of the {place}",
+    "During a visit to the {place}, {first} spoke with {second}",
+    "Near the old {place}, {first} ran into {second}",
+    "This morning {first} called {second} from the {place}",
+    "Last summer {first} and {second} worked at the {place}",
+    "Every week {first} and {second} cleaned the {place}",
+    "Tired of the {place}, {first} and {second} went home",
+    "On Sunday {first} took {second} to the {place}",
+    "For an hour {first} and {second} sat in the {place}",
+    "Outside the {place} it was cold, and {first} waited with {second}",
+    "At the new {place}, {first} and {second} looked around",
+    "With a {object}, {first} and {second} were at the {place}",
+)
+_MAIN_ENDINGS = (
+    ", and {subject} gave a {object} to",
+    ", and {subject} handed the {object} to",
+    ". Then {subject} gave the {object} to",
+    ". Then {subject} passed a {object} to",
+    ". There {subject} offered the {object} to",
+    ", and then {subject} passed a {object} to",
+    ". Later {subject} showed a {object} to",
+    ", so {subject} brought the {object} to",
+    ". In the end {subject} sold a {object} to",
+    ", but {subject} sent the {object} to",
+    ". After a while {subject} lent a {object} to",
+    ", where {subject} returned the {object} to",
+    ". Soon {subject} threw the {object} to",
+    ". Of course {subject} had a {object} and gave it to",
+)
+_WHOLE_SENTENCES = (
     "When {first} and {second} went to the {place}, {subject} gave a {object} to",
     "Then, {first} and {second} went to the {place}. After that, {subject} gave a {object} to",
     "After {first} and {second} had lunch at the {place}, {subject} handed a {object} to",
@@ -192,6 +243,11 @@ TRAIN_TEMPLATES: tuple[str, ...] = (
     "After a long day at the {place}, {first} talked to {second}. Then {subject} passed a {object} to",
     "While {first} and {second} were at the {place}, {subject} found a {object} and gave it to",
     "When {first} and {second} found a {object} at the {place}, {subject} gave it to",
+)
+TRAIN_TEMPLATES: tuple[str, ...] = (
+    *_WHOLE_SENTENCES,
+    *(opening + ending for opening in _SUBORDINATE_OPENINGS for ending in _SUBORDINATE_ENDINGS),
+    *(opening + ending for opening in _MAIN_OPENINGS for ending in _MAIN_ENDINGS),
 )
 """Sentences with an indirect object, up to it, in the bundled model's training text."""
 
@@ -225,7 +281,7 @@ class IndirectObjectPrompt:
     template: str
 
 
-def _part(part: Part, train: tuple[str, ...], held_out: tuple[str, ...], what: str) -> tuple[str, ...]:
+def _part(part: str, train: tuple[str, ...], held_out: tuple[str, ...], what: str) -> tuple[str, ...]:
     parts = {"train": train, "heldout": held_out, "all": train + held_out}
     if part not in parts:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, parts))}, not {part!r}")

@@ -23,6 +23,8 @@ class Figures:
         recipe: How it was trained.
         workers: Processes that trained it, of one thread each.
         command: What was run.
+        note: What else is to be said about the training.
+        sittings: Step at which each part of the run began, and its recipe's values, from the run's log.
         progress: `step`, `tokens` and `seconds` of the training run.
         stream_tokens: Tokens of one pass through the training text.
         training_documents: How many, without the generated sentences.
@@ -40,6 +42,8 @@ class Figures:
     recipe: Recipe
     workers: int
     command: str
+    note: str
+    sittings: tuple[tuple[int, dict[str, float]], ...]
     progress: dict[str, float]
     stream_tokens: int
     training_documents: int
@@ -106,10 +110,26 @@ def _indirect_object_table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def _sittings_table(figures: Figures) -> str:
+    """How the run was divided, since a run that is taken up may be given another schedule."""
+    begins = [begin for begin, _ in figures.sittings]
+    ends = [*begins[1:], figures.progress["step"]]
+    lines = [
+        "| steps | tokens a step | schedule's length | Muon's rate | Adam's rate |",
+        "|---|---|---|---|---|",
+    ]
+    for (begin, recipe), end in zip(figures.sittings, ends, strict=True):
+        lines.append(
+            f"| {begin} to {end} | {recipe['tokens_per_step']} | {recipe['steps']} steps "
+            f"| {recipe['muon_rate']} | {recipe['adam_rate']} |"
+        )
+    return "\n".join(lines)
+
+
 def write_card(folder: Path, figures: Figures) -> None:
     """Write `README.md` into a checkpoint's folder."""
     shape, recipe, progress = figures.configuration, figures.recipe, figures.progress
-    short_share = (
+    rows = (
         f"{recipe.context} tokens, {recipe.long_context} in the last {1 - recipe.long_from:.0%} of the steps"
     )
     text = f"""# moe-lens-mini
@@ -152,14 +172,21 @@ the store, John gave a drink to Mary."), made of {len(TRAIN_NAMES)} names and {l
 
 ## Training
 
-`{figures.command}`
+The script is `scripts/train_mini.py`; the last sitting's command was
 
-{progress["step"]:,.0f} steps of {recipe.tokens_per_step} tokens, {progress["tokens"] / 1e6:.1f} M tokens in all
-({progress["tokens"] / figures.stream_tokens:.1f} passes of {figures.stream_tokens / 1e6:.1f} M), in
-{progress["seconds"] / 60:.0f} minutes on {figures.workers} CPU threads. Rows of {short_share}. Muon (learning rate
-{recipe.muon_rate}) for the matrices of attention and experts, AdamW ({recipe.adam_rate}) for the rest;
-constant learning rates after a short rise, then from {recipe.decay_from:.0%} of the steps on a linear fall to a
-twentieth. Load-balancing loss {recipe.balance}, computed in each layer by itself and averaged. Seed {recipe.seed}.
+    {figures.command}
+
+{progress["step"]:,.0f} steps, {progress["tokens"] / 1e6:.1f} M tokens in all
+({progress["tokens"] / figures.stream_tokens:.2f} passes of {figures.stream_tokens / 1e6:.1f} M), in
+{progress["seconds"] / 60:.0f} minutes on {figures.workers} CPU threads that other work shared. Rows of {rows}.
+Muon for the matrices of attention and experts, Adam for the rest; learning rates that rise for a hundred
+steps, stay, and from {recipe.decay_from:.0%} of the schedule on fall linearly to a twentieth. Load-balancing loss
+{recipe.balance}, computed in each layer by itself and averaged. Seed {recipe.seed}. The run was taken up with
+another recipe where this table has a new line:
+
+{_sittings_table(figures)}
+
+{figures.note}
 
 ## Evaluation
 

@@ -108,21 +108,19 @@ def _docstrings(source: str) -> Iterator[list[str]]:
     """Groups of docstrings: the module's, then one group for each top-level class or function."""
 
     def inside(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node, clean=True)
             if text:
                 yield text
-        if not isinstance(node, ast.Module):
-            for child in ast.iter_child_nodes(node):
-                yield from inside(child)
-        elif isinstance(node, ast.Module):
-            return
+        for child in ast.iter_child_nodes(node):
+            yield from inside(child)
 
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    yield list(inside(tree))
+    opening = ast.get_docstring(tree, clean=True)
+    yield [opening] if opening else []
     for child in tree.body:
         texts = list(inside(child))
         # torch documents its built-in functions by calling add_docstr(function, text).

@@ -1,7 +1,7 @@
 """The training loop of the bundled model, fast on a few CPU cores.
 
 The forward and backward passes run in bfloat16, the parameters that the optimizer moves are float32. Three
-things make it quick: the tokens of an expert are padded to a multiple of 128, so that the matrix library meets
+things make it quick: the tokens of an expert are padded to a multiple of 64, so that the matrix library meets
 few shapes and can reuse its kernels; attention over short rows is two plain matrix products; and all matrices of
 one shape are orthogonalised together.
 """
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import sdpa_mask
 
-_EXPERT_BLOCK = 128
+_EXPERT_BLOCK = 64
 _WARM_UP_STEPS = 100
 LOG_EVERY = 20
 SAVE_EVERY = 200
@@ -39,20 +39,20 @@ class Recipe:
         long_from: Where that part begins, as a fraction of the steps.
         decay_from: Where the learning rates begin to fall, as a fraction of the steps.
         muon_rate: Learning rate of the orthogonalised updates (attention and expert matrices).
-        adam_rate: Learning rate of AdamW (embeddings, unembedding, routers, norms).
+        adam_rate: Learning rate of Adam (embeddings, unembedding, routers, norms).
         weight_decay: Decoupled, for the matrices of attention and experts.
         balance: Factor of the load-balancing loss.
         seed: Of the initial weights and the data's order.
     """
 
     steps: int
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 2048
     context: int = 256
     long_context: int = 512
     long_from: float = 0.75
     decay_from: float = 0.2
-    muon_rate: float = 2e-2
-    adam_rate: float = 3e-3
+    muon_rate: float = 7e-3
+    adam_rate: float = 1.2e-3
     weight_decay: float = 0.1
     balance: float = 0.01
     seed: int = 0
@@ -181,7 +181,7 @@ class Weights:
         self.full = {group: torch.cat(blocks).float().share_memory_() for group, blocks in parts.items()}
         self.half = {group: full.bfloat16().share_memory_() for group, full in self.full.items()}
         self.momentum = {group: torch.zeros_like(full).share_memory_() for group, full in self.full.items()}
-        # AdamW's second moment; Muon has none.
+        # Adam's second moment; Muon has none.
         self.square = torch.zeros_like(self.full["rest"]).share_memory_()
         self.gradients = [
             {group: torch.zeros_like(half).share_memory_() for group, half in self.half.items()}
@@ -217,7 +217,7 @@ class Weights:
 
 @torch.no_grad()
 def update(weights: Weights, recipe: Recipe, step: int, worker: int) -> None:
-    """One worker's part of an optimizer step: Muon for its share of the matrices, AdamW by the first worker.
+    """One worker's part of an optimizer step: Muon for its share of the matrices, Adam by the first worker.
 
     Args:
         weights: With every worker's gradients of this step.
@@ -319,8 +319,8 @@ def train(
     """Train to the recipe's end, or take up a run that was broken off.
 
     The checkpoint `out/training.pt` holds weights, optimizer state, step and time; the data's order follows from
-    the seed and the step. A run may be taken up with another number of steps: the learning rates then follow the
-    new one.
+    the seed and the tokens read. A run may be taken up with another recipe: the learning rates then follow the new
+    one. The log's losses are the first worker's; lines after the last checkpoint are written again.
 
     Args:
         model: Float32; holds the trained weights afterwards.
@@ -331,7 +331,15 @@ def train(
 
     Returns:
         `step`, `tokens` and `seconds` over all sittings.
+
+    Raises:
+        ValueError: The tokens of a step are no whole number of rows for every worker.
     """
+    if recipe.tokens_per_step % (recipe.long_context * workers) or recipe.long_context % recipe.context:
+        raise ValueError(
+            f"{recipe.tokens_per_step} tokens a step are not whole rows of {recipe.context} and of "
+            f"{recipe.long_context} for each of {workers} workers"
+        )
     weights = Weights(model, workers)
     begin = restore(weights, out)
     if begin["step"] < recipe.steps:
@@ -347,11 +355,16 @@ def train(
     return progress
 
 
-def restore(weights: Weights, out: Path) -> dict:
+def progress_of(out: Path) -> dict[str, float]:
+    """How far `out/training.pt` is: `step`, `tokens` and `seconds`, all 0 where there is none."""
+    checkpoint = out / "training.pt"
+    state = torch.load(checkpoint, weights_only=True, mmap=True) if checkpoint.exists() else {}
+    return {key: state.get(key, 0) for key in ("step", "tokens", "seconds")}
+
+
+def restore(weights: Weights, out: Path) -> dict[str, float]:
     """Read `out/training.pt`, if there is one, and say how far it is."""
     checkpoint = out / "training.pt"
-    if not checkpoint.exists():
-        return {"step": 0, "tokens": 0, "seconds": 0.0}
-    state = torch.load(checkpoint, weights_only=True)
-    weights.restore(state)
-    return {key: state[key] for key in ("step", "tokens", "seconds")}
+    if checkpoint.exists():
+        weights.restore(torch.load(checkpoint, weights_only=True))
+    return progress_of(out)

@@ -9,7 +9,6 @@ Every step leaves its result in `--out` and is not done again; training goes on 
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from mini_evaluation import (
     load,
     text_figures,
 )
-from mini_training import Recipe, Weights, build_model, restore, train
+from mini_training import Recipe, Weights, build_model, progress_of, restore, train
 from ngram import KneserNey
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
@@ -67,6 +66,17 @@ def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     folder.mkdir(parents=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # What every version of transformers reads, without what this one remembers about its own loading.
+    special = {key: tokenizer.eos_token for key in ("bos_token", "eos_token", "pad_token")}
+    tokenizer_configuration = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONTEXT,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_configuration, indent=2) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > MAX_CHECKPOINT_BYTES:
         raise RuntimeError(f"the checkpoint has {size} bytes, and at most {MAX_CHECKPOINT_BYTES} are allowed")
@@ -96,6 +106,16 @@ def n_gram_losses(out: Path, stream_path: Path, held_out: list[np.ndarray], demo
     return json.loads(path.read_text())
 
 
+def sittings(log: Path) -> tuple[tuple[int, dict[str, float]], ...]:
+    """The recipes that a run was made with and where each began; one that was begun anew counts once."""
+    begun: dict[int, dict[str, float]] = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if "recipe" in entry:
+            begun[entry["from"]] = entry["recipe"]
+    return tuple(sorted(begun.items()))
+
+
 def summary(text: TextFigures) -> str:
     """One line about a loss and the loads."""
     return (
@@ -113,19 +133,23 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/mini"), help="where intermediate results are kept"
     )
     parser.add_argument("--assets", type=Path, default=Path("moe_lens/assets"), help="where the model is put")
-    parser.add_argument("--steps", type=int, default=6500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=9500, help="optimizer steps")
+    parser.add_argument("--tokens-per-step", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--workers", type=int, default=2, help="training processes, of one thread each")
     parser.add_argument(
         "--now", action="store_true", help="export the checkpoint that is there; do not train"
     )
+    parser.add_argument("--note", default="", help="what else the card should say about the training")
     arguments = parser.parse_args()
     out, assets = arguments.out, arguments.assets
     out.mkdir(parents=True, exist_ok=True)
 
     training, held_out = load_or_gather(out)
     tokenizer = load_or_train_tokenizer(out, training)
-    recipe = Recipe(steps=arguments.steps)
-    stream = TrainingStream(out, recipe.steps * recipe.tokens_per_step + 1, training, tokenizer, recipe.seed)
+    recipe = Recipe(steps=arguments.steps, tokens_per_step=arguments.tokens_per_step)
+    begin = progress_of(out)
+    needed = int(begin["tokens"] + (recipe.steps - begin["step"]) * recipe.tokens_per_step + 1)
+    stream = TrainingStream(out, max(needed, 1), training, tokenizer, recipe.seed)
     model = build_model(configuration(tokenizer.convert_tokens_to_ids("<|endoftext|>")), recipe.seed)
     if arguments.now:
         weights = Weights(model, workers=1)
@@ -154,7 +178,9 @@ def main() -> None:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         recipe=recipe,
         workers=arguments.workers,
-        command=" ".join(["python", "scripts/train_mini.py", *(a for a in sys.argv[1:] if a != "--now")]),
+        command=f"python scripts/train_mini.py --steps {recipe.steps} --tokens-per-step {recipe.tokens_per_step}",
+        note=arguments.note,
+        sittings=sittings(out / "log.jsonl"),
         progress=progress,
         stream_tokens=len(np.load(stream.paths[0], mmap_mode="r")),
         training_documents=len(training),
