@@ -67,7 +67,7 @@ def test_every_edit_does_what_the_reference_does_with_it(model_of: Any, hf: Any,
 
     In the five plain variants every point of every layer, in the others the first of each kind.
     """
-    model, theirs, (tokens, mask) = model_of(variant), hf(variant), prompts("left", length=7)
+    model, theirs, (tokens, mask) = model_of(variant), hf(variant), prompts("left", length=6)
     clean, _ = reference_run(theirs, tokens, mask)
     first_of_its_kind = {re.sub(r"blocks\.\d+\.", "", name): name for name in reversed(model.hook_dict)}
     for name in model.hook_dict if variant in FAMILIES else first_of_its_kind.values():
