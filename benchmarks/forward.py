@@ -67,7 +67,9 @@ def bridge_of(directory: str, dtype: torch.dtype) -> torch.nn.Module | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -87,7 +89,9 @@ def main() -> None:
             "transformers (sdpa)": lambda: hf(tokens, use_cache=False).logits,
             "HookedMoE, plain": lambda: model(tokens),
             "HookedMoE, routing cached": lambda: model.run_with_cache(tokens, names_filter=routing)[0],
-            "HookedMoE, contributions cached": lambda: model.run_with_cache(tokens, names_filter=contributions)[0],
+            "HookedMoE, contributions cached": lambda: model.run_with_cache(
+                tokens, names_filter=contributions
+            )[0],
             "HookedMoE, every hook cached": lambda: model.run_with_cache(tokens)[0],
         }
         bridge = bridge_of(directory, dtype)
