@@ -28,7 +28,7 @@ COMPLETENESS_TOLERANCE = 1e-5
 # What of a document is read at most, in tokens, where the model's context is longer.
 _MAX_LENGTH = 512
 _BATCH_SIZE = 8
-_VERIFIED_DOCUMENTS = 8
+_VERIFIED_DOCUMENTS = 4
 
 
 @dataclass(frozen=True)

@@ -267,17 +267,14 @@ def nothing_left(before: Tensor, after: Tensor, left_on: int) -> Iterator[Check]
 
 def decomposition(model: HookedMoE, tokens: Tensor, mask: Tensor | None) -> Iterator[Check]:
     """The sums of the by-layer decomposition close at every receiver."""
-    errors, ratios = [], []
-    for receiver in model.cfg.moe_layers:
-        _, cache = model.run_with_cache(
-            tokens,
-            attention_mask=mask,
-            names_filter=attribution_hooks(model, [receiver]),
-            stop_at_layer=receiver + 1,
-        )
-        attrs = router_logit_attrs(model, cache, receiver=receiver)
-        errors.append(attrs.completeness_error)
-        ratios.append(attrs.rounding_ratio)
+    receivers = model.cfg.moe_layers
+    names = attribution_hooks(model, receivers)
+    _, cache = model.run_with_cache(
+        tokens, attention_mask=mask, names_filter=names, stop_at_layer=receivers[-1] + 1
+    )
+    attributions = [router_logit_attrs(model, cache, receiver=receiver) for receiver in receivers]
+    errors = [attrs.completeness_error for attrs in attributions]
+    ratios = [attrs.rounding_ratio for attrs in attributions if attrs.rounding_ratio is not None]
     yield Check(
         "decomposition",
         max(errors),
@@ -286,10 +283,10 @@ def decomposition(model: HookedMoE, tokens: Tensor, mask: Tensor | None) -> Iter
         "relative",
         "Every router's logits are the sum of what embedding, attention and MoE layers wrote (worst layer).",
     )
-    if ratios[0] is not None:
+    if ratios:
         yield Check(
             "rounding",
-            max(ratio for ratio in ratios if ratio is not None),
+            max(ratios),
             "<=",
             1,
             "of its bound",
