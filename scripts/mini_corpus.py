@@ -242,7 +242,14 @@ def gather_documents() -> tuple[list[Document], list[Document]]:
                 number += 1
                 side.append(Document(f"{name}#{number}", topic, text))
             waiting = []
-    return training, held_out
+    # Long paragraphs that differ as wholes may have pieces in common once they are divided.
+    trained = {_fingerprint(piece) for document in training for piece in document.text.split("\n\n")}
+    unseen = []
+    for document in held_out:
+        pieces = [piece for piece in document.text.split("\n\n") if _fingerprint(piece) not in trained]
+        if pieces:
+            unseen.append(Document(document.name, document.topic, "\n\n".join(pieces)))
+    return training, unseen
 
 
 if __name__ == "__main__":
