@@ -25,9 +25,23 @@ def require(hf: Any, field: str, *implemented: Any, because: str = "") -> None:
         )
 
 
-def require_plain_weights(hf: Any) -> None:
-    """Refuse quantised checkpoints: their tensors are not the weights."""
+def decoder_facts(hf: Any) -> dict[str, Any]:
+    """The fields of `MoEConfig` that every family's config gives under the same names.
+
+    Raises:
+        UnsupportedCheckpoint: a quantised checkpoint: its tensors are not the weights.
+    """
     require(hf, "quantization_config", None, because="load the unquantised checkpoint")
+    return {
+        "model_name": hf.name_or_path,
+        "n_layers": hf.num_hidden_layers,
+        "d_model": hf.hidden_size,
+        "d_vocab": hf.vocab_size,
+        "n_ctx": hf.max_position_embeddings,
+        "eps": hf.rms_norm_eps,
+        "act_fn": hf.hidden_act,
+        "tied_embeddings": hf.tie_word_embeddings,
+    }
 
 
 def read_rotary(hf: Any, d_rotary: int, pairs: Literal["halves", "adjacent"]) -> RotaryConfig:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from moe_lens.config import LatentAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from moe_lens.converters.config_reading import read_rotary, require, require_plain_weights
+from moe_lens.converters.config_reading import decoder_facts, read_rotary, require
 from moe_lens.converters.errors import UnsupportedCheckpoint
 from moe_lens.converters.key_map import DECODER, DENSE_MLP, ROUTED_EXPERTS, KeyMap
 
@@ -35,7 +35,6 @@ KEY_MAP: KeyMap = {
 
 
 def read_config(hf: Any) -> MoEConfig:
-    require_plain_weights(hf)
     require(hf, "mlp_bias", False)
     require(hf, "norm_topk_prob", False, because="transformers ignores it, the original code does not")
     require(hf, "topk_method", "greedy", "group_limited_greedy")
@@ -50,13 +49,7 @@ def read_config(hf: Any) -> MoEConfig:
             )
     return MoEConfig(
         model_type=MODEL_TYPE,
-        model_name=hf.name_or_path,
-        n_layers=hf.num_hidden_layers,
-        d_model=hf.hidden_size,
-        d_vocab=hf.vocab_size,
-        n_ctx=hf.max_position_embeddings,
-        eps=hf.rms_norm_eps,
-        act_fn=hf.hidden_act,
+        **decoder_facts(hf),
         attention=LatentAttentionConfig(
             n_heads=hf.num_attention_heads,
             d_nope=hf.qk_nope_head_dim,
@@ -82,7 +75,6 @@ def read_config(hf: Any) -> MoEConfig:
         moe_layers=tuple(range(min(hf.first_k_dense_replace, hf.num_hidden_layers), hf.num_hidden_layers)),
         d_mlp=hf.intermediate_size,
         shared=SharedExpertConfig(hf.n_shared_experts * hf.moe_intermediate_size, gated=False),
-        tied_embeddings=hf.tie_word_embeddings,
     )
 
 

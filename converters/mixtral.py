@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig
-from moe_lens.converters.config_reading import d_head_of, read_rotary, require, require_plain_weights
+from moe_lens.converters.config_reading import d_head_of, decoder_facts, read_rotary, require
 from moe_lens.converters.key_map import ATTENTION, DECODER, KeyMap
 
 MODEL_TYPE = "mixtral"
@@ -22,18 +22,11 @@ KEY_MAP: KeyMap = {
 
 
 def read_config(hf: Any) -> MoEConfig:
-    require_plain_weights(hf)
     require(hf, "sliding_window", None)
     d_head = d_head_of(hf)
     return MoEConfig(
         model_type=MODEL_TYPE,
-        model_name=hf.name_or_path,
-        n_layers=hf.num_hidden_layers,
-        d_model=hf.hidden_size,
-        d_vocab=hf.vocab_size,
-        n_ctx=hf.max_position_embeddings,
-        eps=hf.rms_norm_eps,
-        act_fn=hf.hidden_act,
+        **decoder_facts(hf),
         attention=GroupedQueryAttentionConfig(
             n_heads=hf.num_attention_heads,
             n_key_value_heads=hf.num_key_value_heads,
@@ -46,5 +39,4 @@ def read_config(hf: Any) -> MoEConfig:
         d_expert=hf.intermediate_size,
         moe_layers=tuple(range(hf.num_hidden_layers)),
         d_mlp=0,
-        tied_embeddings=hf.tie_word_embeddings,
     )

@@ -7,10 +7,10 @@ from typing import Any
 from moe_lens.config import GroupedQueryAttentionConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_lens.converters.config_reading import (
     d_head_of,
+    decoder_facts,
     moe_layers_by_step,
     read_rotary,
     require,
-    require_plain_weights,
 )
 from moe_lens.converters.errors import UnsupportedCheckpoint
 from moe_lens.converters.key_map import ATTENTION, DECODER, DENSE_MLP, ROUTED_EXPERTS, KeyMap
@@ -30,7 +30,6 @@ KEY_MAP: KeyMap = {
 
 
 def read_config(hf: Any) -> MoEConfig:
-    require_plain_weights(hf)
     require(hf, "use_sliding_window", False)
     if any(kind != "full_attention" for kind in hf.layer_types):
         raise UnsupportedCheckpoint(
@@ -39,13 +38,7 @@ def read_config(hf: Any) -> MoEConfig:
     d_head = d_head_of(hf)
     return MoEConfig(
         model_type=MODEL_TYPE,
-        model_name=hf.name_or_path,
-        n_layers=hf.num_hidden_layers,
-        d_model=hf.hidden_size,
-        d_vocab=hf.vocab_size,
-        n_ctx=hf.max_position_embeddings,
-        eps=hf.rms_norm_eps,
-        act_fn=hf.hidden_act,
+        **decoder_facts(hf),
         attention=GroupedQueryAttentionConfig(
             n_heads=hf.num_attention_heads,
             n_key_value_heads=hf.num_key_value_heads,
@@ -58,5 +51,4 @@ def read_config(hf: Any) -> MoEConfig:
         moe_layers=moe_layers_by_step(hf),
         d_mlp=hf.intermediate_size,
         shared=SharedExpertConfig(hf.shared_expert_intermediate_size, gated=True),
-        tied_embeddings=hf.tie_word_embeddings,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -81,3 +82,21 @@ def model_of(hooked: Callable[[str], Any]) -> Iterator[Callable[[str], Any]]:
     for model in used:
         model.set_use_attn_result(False)
         assert leftover_hooks(model) == []
+
+
+@pytest.fixture
+def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test as soon as a checkpoint's tensor is read."""
+
+    def refuse(*args: Any) -> Any:
+        pytest.fail("a weight was read")
+
+    from moe_lens.converters.checkpoint import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "tensors", refuse)
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A variant's checkpoint directory, to be damaged."""
+    return lambda variant: shutil.copytree(checkpoint(variant), tmp_path / variant)
