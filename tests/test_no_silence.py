@@ -249,5 +249,7 @@ def test_generation_ends_where_the_checkpoint_says(checkpoint: Any, tmp_path: Pa
 def test_more_positions_than_the_context_warn(hooked: Any) -> None:
     model = hooked("olmoe")
     tokens = torch.zeros(1, model.cfg.n_ctx + 1, dtype=torch.long)
-    with torch.no_grad(), pytest.warns(UserWarning, match="more than the"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="more than the") as raised:
         model(tokens, return_type=None)
+        model(tokens[:, 1:], return_type=None)
+    assert len(raised) == 1
