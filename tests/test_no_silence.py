@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -251,5 +252,7 @@ def test_more_positions_than_the_context_warn(hooked: Any) -> None:
     tokens = torch.zeros(1, model.cfg.n_ctx + 1, dtype=torch.long)
     with torch.no_grad(), pytest.warns(UserWarning, match="more than the") as raised:
         model(tokens, return_type=None)
-        model(tokens[:, 1:], return_type=None)
     assert len(raised) == 1
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens[:, 1:], return_type=None)
