@@ -51,14 +51,12 @@ class Checkpoint:
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.file_of: dict[str, str] = {}
-        self.n_bytes = 0
         self.dtype: torch.dtype | None = None
         for file in files:
             for name, shape in self._header(file):
                 if name in self.file_of:
                     raise CheckpointMismatch(f"{name} is in two shards, {self.file_of[name]} and {file}")
                 self.shapes[name], self.file_of[name] = shape, file
-            self.n_bytes += (directory / file).stat().st_size
         for name, file in weight_map.items():
             if self.file_of.get(name) != file:
                 raise CheckpointMismatch(f"{INDEX} promises {name} in {file}, which does not hold it")
