@@ -82,6 +82,10 @@ class LatentAttentionConfig:
     def d_head(self) -> int:
         return self.d_nope + self.d_rope
 
+    @property
+    def output_bias(self) -> bool:
+        return self.bias
+
 
 @dataclass(frozen=True)
 class RouterConfig:

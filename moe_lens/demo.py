@@ -18,8 +18,9 @@ from moe_lens.config import MoEConfig
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, bundled_documents, token_batches
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
-from moe_lens.routing.contributions import MEASURES, ContributionAccumulator, RoutingContributions
+from moe_lens.routing.contributions import RoutingContributions, contributions_of
 from moe_lens.routing.load import ExpertLoad, LoadCounter
+from moe_lens.routing.streaming import ContributionAccumulator
 
 MINIMUM_DOCUMENTS = 40
 MINIMUM_TOKENS = 8_000
@@ -99,7 +100,7 @@ class DemoResult:
             f"router logits equal the sum over layers to {self.completeness_error:.1e} (tolerance "
             f"{COMPLETENESS_TOLERANCE:.0e}): {'ok' if self.closes else 'FAIL'}",
         ]
-        for measure in MEASURES:
+        for measure in ("variance", "aps", "ans"):
             top = self.top_senders(measure)
             named = ", ".join(f"{s} {m:.3g}" for s, m in zip(top["sender"], top["mean"], strict=True))
             lines.append(f"largest mean {measure} over later routers: {named}")
@@ -192,7 +193,10 @@ def _run_corpus(
     loss = sum(row[4] for row in rows) / sum(row[3] for row in rows)
     # A document of one token predicts nothing: its loss is NaN, and shows as such.
     frame["loss"] = frame["loss"] / frame["predicted"].where(frame["predicted"] > 0)
-    return accumulator.result(), counter.result(), frame.drop(columns="predicted"), loss, error
+    contributions = contributions_of(
+        accumulator, corpus=[corpus.description], fingerprints=[corpus.fingerprint]
+    )["layer"]
+    return contributions, counter.result(), frame.drop(columns="predicted"), loss, error
 
 
 def _stored_dtype(model: str | Path) -> torch.dtype:

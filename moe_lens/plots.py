@@ -48,7 +48,7 @@ def stripes(contributions: RoutingContributions, measure: str, position: str = "
     if position not in values:
         raise ValueError(f"position must be one of {', '.join(values)}, not {position!r}")
     cells = values[position].T
-    errors = contributions.standard_errors[measure][position].T
+    errors = contributions.standard_error(measure)[position].T
     if measure == "variance":
         scale = dict(colorscale=SEQUENTIAL, zmin=0.0, zmax=_largest(cells))
     else:

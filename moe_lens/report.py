@@ -16,11 +16,11 @@ from plotly.offline import get_plotlyjs
 from moe_lens.audit.checks import Check
 from moe_lens.demo import COMPLETENESS_TOLERANCE, DemoResult
 from moe_lens.plots import MEASURE_NAMES, UNITS, load_heatmap, stripes
-from moe_lens.routing.contributions import MEASURES
 
 # Two figures beside each other only where their columns can still be told apart.
 _MOST_SENDERS_SIDE_BY_SIDE = 40
 
+# The measures that the page shows as stripes, and how to read them.
 _HOW_TO_READ = {
     "variance": "How unequally a sender treats the experts of a router: 0 means that it adds the same to all, and "
     "so cannot change the choice. A vertical stripe is a component that many later routers listen to.",
@@ -140,14 +140,14 @@ def _stripes_section(result: DemoResult) -> str:
         "The first token of each document is kept apart, on a colour scale of its own, because models treat it "
         "unlike any other.</p>",
     ]
-    for measure in MEASURES:
+    for measure in _HOW_TO_READ:
         figures = [_figure(stripes(contributions, measure, position)) for position in ("rest", "lead")]
         parts += [
             f"<h3>{MEASURE_NAMES[measure]}</h3><p>{_HOW_TO_READ[measure]}</p>",
             f'<div class="figures{pair}">{"".join(figures)}</div>',
         ]
     rows = []
-    for measure in MEASURES:
+    for measure in _HOW_TO_READ:
         top = result.top_senders(measure)
         named = ", ".join(f"{escape(s)} ({m:.3g})" for s, m in zip(top["sender"], top["mean"], strict=True))
         rows.append([MEASURE_NAMES[measure], UNITS[measure], named])

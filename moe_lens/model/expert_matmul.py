@@ -99,6 +99,21 @@ def expert_matmul(
     return out
 
 
+def group_products(
+    weights: Float[Tensor, "slot column"], x: Float[Tensor, "slot d"], ends: Int[Tensor, " group"]
+) -> Float[Tensor, "group column d"]:
+    """For each group of consecutive slots, the sum over its slots of `weights[slot]` times `x[slot]`.
+
+    The same back ends as `expert_matmul`: torch's grouped matmul where it takes these tensors, else a loop.
+    """
+    # The kernel wants rows of whole multiples of 16 bytes: columns of zeros are added for it.
+    padded = F.pad(weights, (0, -weights.shape[1] % (16 // weights.element_size()))).contiguous()
+    if _kernel_takes(padded) and _kernel_takes(x) and x.shape[0] > 0:
+        return F.grouped_mm(padded.T, x, offs=ends)[:, : weights.shape[1]]
+    bounds = [0, *ends.tolist()]
+    return torch.stack([weights[start:end].T @ x[start:end] for start, end in pairwise(bounds)])
+
+
 def _kernel_takes(matrix: Tensor) -> bool:
     """Whether torch's grouped matmul accepts this operand: every stride but the unit one in 16-byte steps."""
     if matrix.device.type == "cuda" and torch.cuda.get_device_capability(matrix.device) < (8, 0):

@@ -4,12 +4,13 @@ At receiving layer r and token t, with x the stream before the MoE, s_r its scal
 
     logits_r(t)  =  R_r x(t) / s_r(t)  =  sum over senders c of  R_r z_c(t) / s_r(t)
 
-because x is the sum of its senders. Every sender is divided by the token's true scale; nothing is
-approximated. The sum is checked against the readout of the stored stream, and every result carries the error.
-Scores mean something up to a shift that all experts share.
+because x is the sum of its senders, however finely they are divided. Every sender is divided by the token's true
+scale; nothing is approximated. The sum is checked against the readout of the stored stream, and every result
+carries the error. Scores mean something up to a shift that all experts share.
 
-Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs" (ICLR 2026), eq. 8-12,
-which decompose a router's input into embedding, attention outputs and MoE outputs.
+Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs" (ICLR 2026), eq. 8-11,
+which divide a router's input into embedding, attention and MoE outputs, heads, (head, source) pairs, experts and
+neurons.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.readout import check_receiver, router_readout
-from moe_lens.routing.senders import ROUNDING, StreamSum, senders_before, stream_rounds
+from moe_lens.routing.rounding import StreamSum, stream_rounds
+from moe_lens.routing.senders import ROUNDING, Names, SenderGroup, Senders, senders_before
+from moe_lens.routing.writes import hooks_of, sender_scores, written_by
+
+DENSE_LIMIT = 2**27
+"""The most scores that `router_logit_attrs` makes: 128 Mi numbers, 512 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +42,7 @@ class RouterLogitAttrs:
     Attributes:
         values: what each sender adds to each expert's logit; their sum over senders is `logits`.
         senders: names along `values`' first axis, in the order in which the stream adds them; `rounding`, last,
-            only in half precision.
+            only in half precision. A source position is a column of the batch.
         logits: the readout of the stored `hook_resid_mid`, R_r x / s_r in float32.
         completeness_error: max |sum of values - logits| / max |logits|.
         rounding_ratio: max |rounding| over the most that rounding can be (see `StreamSum.rounding_ratio`); above
@@ -48,7 +53,7 @@ class RouterLogitAttrs:
     """
 
     values: Float[Tensor, "sender batch pos expert"]
-    senders: tuple[str, ...]
+    senders: Senders
     logits: Float[Tensor, "batch pos expert"]
     completeness_error: float
     rounding_ratio: float | None
@@ -62,7 +67,7 @@ class RouterLogitAttrs:
         sender, batch, position, expert = (grid.ravel() for grid in np.meshgrid(*axes, indexing="ij"))
         return pd.DataFrame(
             {
-                "sender": np.array(self.senders)[sender],
+                "sender": np.array(list(self.senders))[sender],
                 "batch": batch,
                 "position": position,
                 "expert": expert,
@@ -80,8 +85,9 @@ def attribution_hooks(model: HookedMoE, receivers: Sequence[int], *, by: str = "
     names: dict[str, None] = {}
     for receiver in receivers:
         check_receiver(model, receiver)
-        senders = senders_before(model.cfg, receiver, by)
-        names.update(dict.fromkeys([sender.hook for sender in senders] + _receiver_hooks(receiver)))
+        for group in senders_before(model.cfg, receiver, by).groups:
+            names.update(dict.fromkeys([*hooks_of(model, group), group.written_at]))
+        names.update(dict.fromkeys(receiver_hooks(receiver)))
     return list(names)
 
 
@@ -91,10 +97,11 @@ def router_logit_attrs(
     """Divide the logits of one router among the components that wrote into the stream it reads.
 
     Args:
-        model: the model that the cache is of; its router weights and norm gain are read.
-        cache: of a run with at least the hooks of `attribution_hooks`; with its batch axis.
+        model: the model that the cache is of; its router weights and norm gain are read, and for fine granularities
+            the weights with which heads and neurons write.
+        cache: of a run with at least the hooks of `attribution_hooks`; with its batch axis and all positions.
         receiver: the MoE layer whose router is explained.
-        by: `"layer"`: the embedding, each attention layer and each MoE or dense layer.
+        by: how finely: `"layer"`, `"head"`, `"source"` (head and source token), `"expert"` or `"neuron"`.
 
     Returns:
         Scores `[sender, batch, pos, expert]` in router logits, with the error of their sum. Padded positions
@@ -102,36 +109,42 @@ def router_logit_attrs(
 
     Raises:
         ValueError: the receiver is no MoE layer; an unknown granularity; the cache has no batch axis; a value
-            is not finite.
+            is not finite; more than `DENSE_LIMIT` scores, for which there is `routing_contributions`.
         KeyError: the cache lacks a hook, which is named.
 
-    Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-12.
+    Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-11.
     """
     check_receiver(model, receiver)
-    senders = senders_before(model.cfg, receiver, by)
-    vectors = [_cached(cache, sender.hook) for sender in senders]
-    resid_mid, scale, router_logits = (_cached(cache, name) for name in _receiver_hooks(receiver))
-
-    stream = StreamSum(vectors[0], resid_mid.dtype)
-    for vector in vectors[1:]:
-        stream.add(vector)
-    names, rounding_ratio = [sender.name for sender in senders], None
-    if stream_rounds(resid_mid.dtype):
-        names.append(ROUNDING)
-        vectors.append(stream.rounding(resid_mid))
-        rounding_ratio = stream.rounding_ratio(resid_mid)
+    resid_mid, scale, router_logits = (cached(cache, name, 3) for name in receiver_hooks(receiver))
+    senders = senders_before(model.cfg, receiver, by, n_sources=resid_mid.shape[1])
+    n_scores = len(senders) * resid_mid.shape[0] * resid_mid.shape[1] * model.cfg.n_experts
+    if n_scores > DENSE_LIMIT:
+        raise ValueError(
+            f"by={by!r} makes {n_scores:,} scores here, over the {DENSE_LIMIT:,} that are held at once; "
+            f"routing_contributions(model, tokens, by={by!r}) measures them as a stream, and explain(...) takes "
+            f"one token's decision apart"
+        )
+    values = group_values(model, cache, senders, resid_mid.shape[:2])
 
     readout = router_readout(model, receiver).to(resid_mid.device)
-    values = torch.stack([_scores(vector, readout, scale) for vector in vectors])
-    logits = _scores(resid_mid, readout, scale)
-    for name, tensor in (("the scores", values), ("the router's logits", logits)):
+    scores = [sender_scores(model, group, values, readout) for group in senders.groups]
+    rounding_ratio = None
+    if stream_rounds(resid_mid.dtype):
+        stream = stream_sum(model, senders, values, resid_mid.dtype)
+        rounding_ratio = stream.rounding_ratio(resid_mid)
+        scores.append((stream.rounding(resid_mid) @ readout.T)[None])
+        senders = with_rounding(senders)
+    scale = scale.float()
+    sent = torch.cat(scores) / scale
+    logits = resid_mid.float() @ readout.T / scale
+    for name, tensor in (("the scores", sent), ("the router's logits", logits)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} at layer {receiver} hold values that are not finite")
     return RouterLogitAttrs(
-        values=values,
-        senders=tuple(names),
+        values=sent,
+        senders=senders,
         logits=logits,
-        completeness_error=relative_error(values.sum(dim=0), logits),
+        completeness_error=relative_error(sent.sum(dim=0), logits),
         rounding_ratio=rounding_ratio,
         model_logit_difference=float((logits - router_logits.float()).abs().max()),
         receiver=receiver,
@@ -145,26 +158,74 @@ def relative_error(got: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]
     return error / size if size else (float("inf") if error else 0.0)
 
 
-def _scores(
-    vector: Float[Tensor, "batch pos d_model"],
-    readout: Float[Tensor, "expert d_model"],
-    scale: Float[Tensor, "batch pos 1"],
-) -> Float[Tensor, "batch pos expert"]:
-    return einsum(vector.float(), readout, "b p d_model, expert d_model -> b p expert") / scale.float()
+def stream_sum(
+    model: HookedMoE, senders: Senders, values: Mapping[str, Tensor], dtype: torch.dtype
+) -> StreamSum:
+    """The senders' sum as vectors in float32, in the stream's order, and what rounding can have done to it."""
+    first, *rest = senders.groups
+    stream = StreamSum(written_by(model, first, values)[0], dtype)
+    for group in rest:
+        stream.add(*written_by(model, group, values))
+    return stream
 
 
-def _receiver_hooks(receiver: int) -> list[str]:
+def with_rounding(senders: Senders) -> Senders:
+    """The same senders, and `rounding` last."""
+    return Senders([*senders.groups, SenderGroup(ROUNDING, None, "whole", (Names(ROUNDING),))])
+
+
+def receiver_hooks(receiver: int) -> list[str]:
     """The stream that the router reads, its scale, and what the router said."""
     points = ("hook_resid_mid", "ln2.hook_scale", "mlp.hook_router_logits")
     return [f"blocks.{receiver}.{point}" for point in points]
 
 
-def _cached(cache: ActivationCache | Mapping[str, Tensor], name: str) -> Float[Tensor, "batch pos d"]:
+def group_values(
+    model: HookedMoE,
+    cache: ActivationCache | Mapping[str, Tensor],
+    senders: Senders,
+    batch_and_pos: Sequence[int],
+) -> dict[str, Tensor]:
+    """The cached values of every group, after their batch and position axes were found to be the stream's.
+
+    Raises:
+        KeyError, ValueError: see `router_logit_attrs`.
+    """
+    values: dict[str, Tensor] = {}
+    for group in senders.groups:
+        for name in (*hooks_of(model, group), group.written_at):
+            if name in values:
+                continue
+            value = values[name] = cached(cache, name)
+            # The pattern's positions are its queries, and as many keys.
+            places = (value.shape[0], *value.shape[2:]) if name.endswith("hook_pattern") else value.shape[:2]
+            wanted = (
+                (*batch_and_pos, batch_and_pos[1]) if name.endswith("hook_pattern") else tuple(batch_and_pos)
+            )
+            if tuple(places) != tuple(wanted):
+                raise ValueError(
+                    f"{name} in the cache is {tuple(value.shape)}, which is not of the {tuple(batch_and_pos)} batch "
+                    f"rows and positions of the router's input"
+                )
+    return values
+
+
+def cached(
+    cache: ActivationCache | Mapping[str, Tensor], name: str, n_axes: int | None = None
+) -> Float[Tensor, "*shape"]:
+    """A cached value, without its gradient.
+
+    Raises:
+        KeyError: it is not in the cache.
+        ValueError: it has another number of axes than it should.
+    """
     stored = cache.cache_dict if isinstance(cache, ActivationCache) else cache
     if name not in stored:
-        raise KeyError(f"the cache lacks {name}; attribution_hooks(model, receivers) lists what is needed")
+        raise KeyError(
+            f"the cache lacks {name}; attribution_hooks(model, receivers, by=...) lists what is needed"
+        )
     value = stored[name].detach()
-    if value.ndim != 3:
+    if n_axes is not None and value.ndim != n_axes:
         raise ValueError(
             f"{name} in the cache is {tuple(value.shape)}, without its batch and position axes; cache with "
             f"remove_batch_dim=False and positions kept"

@@ -1,331 +1,472 @@
-"""How much each component moves each later router, over a corpus: variance, APS and ANS, as a stream.
+"""How much each sender moves each later router, over a corpus, as a stream: `routing_contributions`.
 
-With S_e(t) what a sender adds to the logit of expert e at token t (`router_logit_attrs`), over the N experts
-of the receiving router:
+A run is planned before it begins. What it keeps is one mean and one spread for each (sender, receiver) and measure,
+whatever the length of the corpus; where that is more than its memory budget, as for the neurons of a large model, the
+receivers are divided into chunks, and the corpus is passed once for each. A run can be killed at any time: its state
+is saved whole or not at all, and the same call goes on from there and gives the same numbers.
 
-    variance = mean_e (S_e - mean_e S)^2      logits^2; how unequally the sender treats the experts
-    APS      = mean_e max(S_e, 0)             logits; the average positive score: promotion
-    ANS      = mean_e min(S_e, 0)             logits; the average negative score: inhibition
-
-averaged over a document's tokens, then over documents. The lead position of a document, its first real token,
-is kept apart from the rest: many models park a large constant there.
-
-The scores of all senders at all receivers are never held together. When a sender runs, one matmul projects it
-onto all later readouts, and its measures are taken there and then. The receiver's scale is one number per
-token and not yet known; but variance goes with its inverse square, APS and ANS with its inverse, so they are
-divided when the receiver runs. Everything listens at hook points and nothing else.
-
-Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs" (ICLR 2026), eq. 8-12.
+Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs" (ICLR 2026), section 5.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, overload
 
-import numpy as np
-import pandas as pd
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm import tqdm
 
+from moe_lens.corpus import Document, TokenBatches, bos_by_default, token_batches
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.routing.attribution import relative_error
-from moe_lens.routing.documents import DocumentMean, real_tokens
-from moe_lens.routing.readout import stacked_readouts
-from moe_lens.routing.senders import ROUNDING, StreamSum, senders_before, stream_rounds
+from moe_lens.routing.documents import Moments, real_tokens
+from moe_lens.routing.measures import MEASURES, RANK_MEASURES
+from moe_lens.routing.result import RoutingContributions, measure_names, read_arrays, write_atomically
+from moe_lens.routing.senders import SourceAxis, check_granularity, senders_before
+from moe_lens.routing.streaming import ContributionAccumulator, Experts, check_experts, check_receivers
 
-MEASURES = ("variance", "aps", "ans")
-POSITIONS = ("lead", "rest")
-# How each measure goes with the receiver's scale, on the axis `measure`.
-_SCALE_POWERS = (2, 1, 1)
+MEMORY_BUDGET = 4 * 2**30
+"""Bytes that the accumulators of a pass may take, unless told otherwise."""
 
-ByPosition = dict[str, Float[np.ndarray, "sender receiver"]]
+_TEXTS_IN_A_BATCH = 8
+# A mean and a spread in float64, for two position classes and two populations.
+_BYTES_PER_CELL = 2 * 8 * 2 * 2
+# A neuron's measures at a receiver are also a float32 table.
+_BYTES_PER_TABLE_CELL = 4
 
-
-@dataclass(frozen=True, eq=False)
-class RoutingContributions:
-    """Variance, APS and ANS of every sender at every receiving router, over documents.
-
-    Attributes:
-        variance, aps, ans: each `{"lead", "rest"}` -> `[sender, receiver]`, NaN where the sender comes after
-            the receiver; variance in logits^2, the others in logits.
-        standard_errors: over documents, `[measure][position]` -> `[sender, receiver]`; NaN for one document.
-        senders, receivers: the names along the axes.
-        n_documents: how many documents have such a position (one of a single token has no rest).
-        n_tokens: how many such tokens there are.
-        completeness_error: the largest over batches and receivers of max |sum of scores - logits| / max |logits|.
-        rounding_ratio: see `RouterLogitAttrs`; the largest. None in float32.
-    """
-
-    variance: ByPosition
-    aps: ByPosition
-    ans: ByPosition
-    standard_errors: dict[str, ByPosition]
-    senders: tuple[str, ...]
-    receivers: tuple[str, ...]
-    n_documents: dict[str, int]
-    n_tokens: dict[str, int]
-    completeness_error: float
-    rounding_ratio: float | None
-    by: str
-
-    def measure(self, name: str) -> ByPosition:
-        """One of `variance`, `aps`, `ans`.
-
-        Raises:
-            ValueError: another name.
-        """
-        if name not in MEASURES:
-            raise ValueError(f"there is no measure {name!r}; the measures are {', '.join(MEASURES)}")
-        return getattr(self, name)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per (position, sender, receiver) that has a value: columns `position` (lead or rest), `sender`,
-        `receiver`, and each measure with its `_standard_error`."""
-        frames = []
-        for position in POSITIONS:
-            rows, columns = np.nonzero(~np.isnan(self.variance[position]))
-            frame = {
-                "position": position,
-                "sender": np.array(self.senders)[rows],
-                "receiver": np.array(self.receivers)[columns],
-            }
-            for measure in MEASURES:
-                frame[measure] = self.measure(measure)[position][rows, columns]
-                frame[f"{measure}_standard_error"] = self.standard_errors[measure][position][rows, columns]
-            frames.append(pd.DataFrame(frame))
-        return pd.concat(frames, ignore_index=True)
+Tokens = Int[Tensor, "batch pos"]
+Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
+Batches = str | Sequence[str] | Tensor | TokenBatches | Iterable[Tensor | Sequence[Any]]
 
 
+@overload
+def routing_contributions(
+    model: HookedMoE, batches_or_texts: Batches, *, by: str = "layer", **settings: Any
+) -> RoutingContributions: ...
+@overload
+def routing_contributions(
+    model: HookedMoE, batches_or_texts: Batches, *, by: Sequence[str], **settings: Any
+) -> dict[str, RoutingContributions]: ...
 def routing_contributions(
     model: HookedMoE,
-    batches: Iterable[Sequence[Any]],
+    batches_or_texts: Batches,
     *,
-    by: str = "layer",
+    by: str | Sequence[str] = "layer",
     receivers: Sequence[int] | None = None,
-) -> RoutingContributions:
-    """Run a corpus and measure how much each component moves each later router.
+    experts: Experts = "all",
+    attention_mask: Mask | None = None,
+    rank_shift: bool = False,
+    source_axis: SourceAxis = "position",
+    max_positions: int | None = None,
+    bos_is_lead: bool = True,
+    memory_budget: int = MEMORY_BUDGET,
+    state: str | Path | None = None,
+    save_every: float = 60.0,
+    verbose: bool = False,
+) -> RoutingContributions | dict[str, RoutingContributions]:
+    """Run a corpus and measure how much each sender moves each later router.
 
     Args:
         model: run without gradients.
-        batches: each begins with tokens `[batch, pos]` and the mask of real ones `[batch, pos]` (or None); what
-            follows is not read. Every row is one document. `corpus.token_batches` makes them.
-        by: `"layer"`: the embedding, each attention layer and each MoE or dense layer.
+        batches_or_texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
+            `corpus.token_batches` gives; or any iterable of batches, each tokens `[batch, pos]` or a tuple of tokens,
+            the mask of real ones (or None), and whatever else, which is not read. Every row is one document.
+        by: `"layer"`, `"head"`, `"source"`, `"expert"` or `"neuron"` (see `moe_lens.routing.senders`); several give a
+            dict of results from one pass.
         receivers: MoE layers; None is all of them.
+        experts: measured over all experts of a receiver, over those that it `"selected"` at the token, or over a list.
+        attention_mask: of tokens given as one tensor.
+        rank_shift: also measure `aarv`, `overlap` and `weight_change` (`moe_lens.routing.rank_shift`). It ranks all
+            experts once for each sender and receiver: slow for sources, and very slow for neurons.
+        source_axis: with `by="source"`, whether the senders are (head, source `"position"` in the document) or (head,
+            `"offset"` back from the query).
+        max_positions: with `by="source"`, the length of the longest document in tokens; None looks, where the batches
+            can be looked at without being used up. A document counts for the positions (or offsets) that it has.
+        bos_is_lead: whether a BOS token at the beginning of a document is its lead token. False leaves BOS out of
+            everything, and the first token of text leads.
+        memory_budget: bytes for the accumulators; more takes several passes.
+        state: a file in which the run's state is kept; a call with the same arguments goes on from it.
+        save_every: seconds between savings of the state.
+        verbose: print the plan and show a progress bar.
 
     Returns:
-        Means over documents with their standard errors, lead token and rest apart.
+        Means over documents with their standard errors, lead token and rest apart; for several granularities, a dict
+        of them.
 
     Raises:
-        ValueError: a receiver that is no MoE layer; an unknown granularity; no batches; a score that is not
-            finite.
+        ValueError: a receiver that is no MoE layer; an unknown granularity, expert or setting; no batches; a row
+            without a token; a score that is not finite; a state of another run; batches that can be gone through only
+            once, where several passes are needed.
 
-    Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-12.
+    Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """
-    accumulator = ContributionAccumulator(model, by=by, receivers=receivers)
-    for tokens, mask, *_ in batches:
-        with torch.no_grad(), accumulator.listening(tokens, mask):
-            model(tokens, attention_mask=mask, return_type=None)
-    return accumulator.result()
-
-
-class ContributionAccumulator:
-    """Listens to forward passes and keeps the sums; `routing_contributions` drives it over a corpus.
-
-    Use it directly to measure something else in the same pass:
-
-        with accumulator.listening(tokens, mask):
-            _, cache = model.run_with_cache(tokens, attention_mask=mask)
-
-    Args, errors: see `routing_contributions`.
-    """
-
-    def __init__(self, model: HookedMoE, *, by: str = "layer", receivers: Sequence[int] | None = None):
-        self.model = model
-        self.by = by
-        self.receivers = tuple(model.cfg.moe_layers if receivers is None else receivers)
-        if not self.receivers or list(self.receivers) != sorted(set(self.receivers)):
-            raise ValueError(f"receivers must be layers in rising order, each once, not {self.receivers}")
-        self._readouts = stacked_readouts(model, self.receivers)
-        self._senders = senders_before(model.cfg, self.receivers[-1], by)
-        self._rounds = stream_rounds(model.cfg.dtype)
-        # The first receiver, by its place in `receivers`, that each sender reaches.
-        reached = [
-            {sender.name for sender in senders_before(model.cfg, receiver, by)} for receiver in self.receivers
-        ]
-        self._first = [next(i for i, names in enumerate(reached) if s.name in names) for s in self._senders]
-
-        shape = (len(MEASURES), len(self._senders) + self._rounds, len(self.receivers))
-        self._means: dict[str, DocumentMean] = {position: DocumentMean(shape) for position in POSITIONS}
-        self._n_tokens: dict[str, int] = dict.fromkeys(POSITIONS, 0)
-        self._completeness_error = 0.0
-        self._rounding_ratio: float | None = None
-
-    @contextmanager
-    def listening(
-        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
-    ) -> Iterator[None]:
-        """While open, exactly one forward pass of these tokens must be made; it is added when this closes."""
-        batch = _Batch(self, real_tokens(tokens, mask))
-        with self.model.hooks(batch.hooks()):
-            yield
-        batch.finish()
-
-    def _add(
-        self, measures: Float[Tensor, "measure sender receiver batch pos"], real: Bool[Tensor, "batch pos"]
-    ) -> None:
-        """A batch's measures per token: to documents, to the means over documents."""
-        # What padded positions hold is no matter, but 0 times infinity would be.
-        measures = measures.masked_fill(~real, 0.0).double()
-        is_lead = real & (real.long().cumsum(dim=1) == 1)
-        for position, chosen in (("lead", is_lead), ("rest", real & ~is_lead)):
-            counts = chosen.sum(dim=1)
-            has_any = counts > 0
-            weights = chosen[has_any].double() / counts[has_any][:, None].double()
-            per_document = einsum(
-                measures[:, :, :, has_any].double(),
-                weights,
-                "m s r document pos, document pos -> document m s r",
-            )
-            self._means[position].add(per_document.cpu().numpy())
-            self._n_tokens[position] += int(counts.sum())
-
-    def result(self) -> RoutingContributions:
-        """What was measured so far.
-
-        Raises:
-            ValueError: nothing was.
-        """
-        if self._means["lead"].count == 0:
-            raise ValueError("there were no batches, so there is nothing to average over")
-        names = [sender.name for sender in self._senders] + [ROUNDING] * self._rounds
-        comes_after = np.zeros((len(names), len(self.receivers)), dtype=bool)
-        for sender, first in enumerate(self._first):
-            comes_after[sender, :first] = True
-
-        def by_position(values: Callable[[DocumentMean], np.ndarray], measure: int) -> ByPosition:
-            return {
-                position: np.where(comes_after, np.nan, values(mean)[measure])
-                if mean.count
-                else np.full(comes_after.shape, np.nan)
-                for position, mean in self._means.items()
-            }
-
-        means = {name: by_position(lambda m: m.mean, i) for i, name in enumerate(MEASURES)}
-        errors = {name: by_position(lambda m: m.standard_error, i) for i, name in enumerate(MEASURES)}
-        return RoutingContributions(
-            variance=means["variance"],
-            aps=means["aps"],
-            ans=means["ans"],
-            standard_errors=errors,
-            senders=tuple(names),
-            receivers=tuple(f"M{receiver}" for receiver in self.receivers),
-            n_documents={position: mean.count for position, mean in self._means.items()},
-            n_tokens=dict(self._n_tokens),
-            completeness_error=self._completeness_error,
-            rounding_ratio=self._rounding_ratio,
-            by=self.by,
-        )
-
-
-class _Batch:
-    """One forward pass: measures per token, unscaled until their receiver's scale is known."""
-
-    def __init__(self, owner: ContributionAccumulator, real: Bool[Tensor, "batch pos"]):
-        self.owner = owner
-        self.real = real
-        self.readouts = owner._readouts.to(real.device)
-        n_receivers, n_experts, _ = self.readouts.shape
-        n_senders = len(owner._senders) + owner._rounds
-        self.measures = torch.zeros(len(MEASURES), n_senders, n_receivers, *real.shape, device=real.device)
-        self.sums = torch.zeros(*real.shape, n_receivers, n_experts, device=real.device)
-        self.stream: StreamSum | None = None
-        self.fired: list[str] = []
-
-    def hooks(self) -> list[tuple[str, Callable[..., None]]]:
-        """What listens: every sender, and at every receiver the stream and its scale."""
-
-        def sender_hook(index: int) -> Callable[..., None]:
-            return lambda value, hook: self.sender_ran(index, value)
-
-        def stream_hook(place: int) -> Callable[..., None]:
-            return lambda value, hook: self.stream_seen(place, value)
-
-        def scale_hook(place: int) -> Callable[..., None]:
-            return lambda value, hook: self.scale_known(place, value)
-
-        hooks = [(sender.hook, sender_hook(index)) for index, sender in enumerate(self.owner._senders)]
-        for place, receiver in enumerate(self.owner.receivers):
-            hooks.append((f"blocks.{receiver}.hook_resid_mid", stream_hook(place)))
-            hooks.append((f"blocks.{receiver}.ln2.hook_scale", scale_hook(place)))
-        return hooks
-
-    def sender_ran(self, index: int, value: Float[Tensor, "batch pos d_model"]) -> None:
-        sender, first = self.owner._senders[index], self.owner._first[index]
-        self.fired.append(sender.name)
-        if self.stream is None:
-            self.stream = StreamSum(value.detach(), self.owner.model.cfg.dtype)
-        else:
-            self.stream.add(value.detach())
-        scores = self._project(value, self.readouts[first:])
-        self.sums[:, :, first:] += scores
-        self.measures[:, index, first:] = _measures(scores)
-
-    def stream_seen(self, place: int, resid_mid: Float[Tensor, "batch pos d_model"]) -> None:
-        """The sum of the senders is checked against the readout of the stream itself."""
-        assert self.stream is not None
-        readout = self.readouts[place : place + 1]
-        total = self.sums[:, :, place]
-        if self.owner._rounds:
-            rounding = self._project(self.stream.rounding(resid_mid), readout)
-            self.measures[:, -1, place : place + 1] = _measures(rounding)
-            total = total + rounding[:, :, 0]
-            ratio = self.stream.rounding_ratio(resid_mid, self.real)
-            self.owner._rounding_ratio = max(self.owner._rounding_ratio or 0.0, ratio)
-        self.expected = self._project(resid_mid, readout)[:, :, 0]
-        self.got = total
-
-    def scale_known(self, place: int, scale: Float[Tensor, "batch pos 1"]) -> None:
-        self.fired.append(f"receiver {place}")
-        scale = scale.detach().float()
-        error = relative_error((self.got / scale)[self.real], (self.expected / scale)[self.real])
-        self.owner._completeness_error = max(self.owner._completeness_error, error)
-        for measure, power in enumerate(_SCALE_POWERS):
-            self.measures[measure, :, place] /= scale[..., 0] ** power
-
-    def finish(self) -> None:
-        """Add the pass to the means, if it was a whole one with finite scores.
-
-        Raises:
-            RuntimeError: not exactly one forward pass was made.
-            ValueError: a score is not finite.
-        """
-        whole = [sender.name for sender in self.owner._senders]
-        whole += [f"receiver {place}" for place in range(len(self.owner.receivers))]
-        if sorted(self.fired) != sorted(whole):
-            raise RuntimeError("listening() must see exactly one whole forward pass of its tokens")
-        if not bool(self.measures[..., self.real].isfinite().all()):
-            raise ValueError("scores of a batch hold values that are not finite; nothing of it was added")
-        self.owner._add(self.measures, self.real)
-
-    @staticmethod
-    def _project(
-        vector: Float[Tensor, "batch pos d_model"], readouts: Float[Tensor, "receiver expert d_model"]
-    ) -> Float[Tensor, "batch pos receiver expert"]:
-        return einsum(
-            vector.detach().float(), readouts, "b p d_model, receiver expert d_model -> b p receiver expert"
-        )
-
-
-def _measures(
-    scores: Float[Tensor, "batch pos receiver expert"],
-) -> Float[Tensor, "measure receiver batch pos"]:
-    """Variance, APS and ANS over the experts, in the order of `MEASURES`."""
-    stacked = torch.stack(
-        (scores.var(dim=-1, correction=0), scores.clamp(min=0).mean(dim=-1), scores.clamp(max=0).mean(dim=-1))
+    corpus = _corpus_of(model, batches_or_texts, attention_mask)
+    granularities = [check_granularity(name) for name in ([by] if isinstance(by, str) else by)]
+    if "source" in granularities and max_positions is None:
+        max_positions = corpus.longest()
+    plan = _Plan.make(model, granularities, receivers, memory_budget, rank_shift, max_positions or 0)
+    check_experts(model, experts, rank_shift=rank_shift)
+    settings: dict[str, Any] = dict(
+        by=granularities,
+        experts=experts if isinstance(experts, str) else list(experts),
+        rank_shift=rank_shift,
+        source_axis=source_axis,
+        max_positions=max_positions,
+        left_out=None if bos_is_lead else _bos(model),
     )
-    return stacked.movedim(-1, 1)
+    if len(plan.chunks) > 1 and not corpus.can_be_repeated:
+        raise ValueError(
+            f"{plan.bytes_needed:,} bytes of accumulators are over memory_budget={memory_budget:,}, so the corpus must be "
+            f"passed {len(plan.chunks)} times; give a list or TokenBatches rather than an iterator, or a larger "
+            f"budget, or fewer receivers"
+        )
+    if verbose:
+        print(plan.describe(corpus))
+    run = _Run(model, corpus, plan, settings, None if state is None else Path(state), save_every, verbose)
+    results = run.results()
+    return results[granularities[0]] if isinstance(by, str) else results
+
+
+def contributions_of(
+    accumulator: ContributionAccumulator, *, corpus: Sequence[str] = (), fingerprints: Sequence[str] = ()
+) -> dict[str, RoutingContributions]:
+    """What an accumulator has gathered, by granularity.
+
+    Args:
+        corpus, fingerprints: what the tokens were, for the provenance.
+
+    Raises:
+        ValueError: it has seen no batch.
+    """
+    cfg, measuring = accumulator.model.cfg, accumulator.measuring
+    provenance = {
+        "model": cfg.model_name,
+        "revision": cfg.revision,
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "corpus": list(corpus),
+        "fingerprints": list(fingerprints),
+        "experts": accumulator.measured_experts,
+        "source_axis": accumulator.source_axis if "source" in accumulator.by else None,
+        "lead_token": "the first token of a document"
+        if accumulator.left_out is None
+        else f"the first token after BOS (token {accumulator.left_out}), which is left out",
+        "moe_lens": version("moe-lens"),
+    }
+    results = {}
+    for by, tally in accumulator.tallies.items():
+        if tally.n_documents["lead"] == 0:
+            raise ValueError("there were no batches, so there is nothing to average over")
+        results[by] = RoutingContributions(
+            by=by,
+            senders=tally.senders,
+            receivers=tuple(f"M{receiver}" for receiver in accumulator.receivers),
+            measures=measure_names(measuring.rank_shift),
+            n_documents=dict(tally.n_documents),
+            n_tokens=dict(tally.n_tokens),
+            completeness_error=tally.completeness_error,
+            rounding_ratio=tally.rounding_ratio,
+            provenance=provenance,
+            firsts=tally.firsts,
+            moments={key: [moments.copy() for moments in groups] for key, groups in tally.moments.items()},
+        )
+    return results
+
+
+# ---- the corpus ----
+
+
+@dataclass
+class _Corpus:
+    """Batches of (tokens, mask), what they are, and whether they can be gone through again."""
+
+    source: TokenBatches | Iterable[Tensor | Sequence[Any]]
+    can_be_repeated: bool
+    description: str
+
+    def __iter__(self) -> Iterator[tuple[Tokens, Mask | None]]:
+        for batch in self.source:
+            yield (
+                (batch, None)
+                if isinstance(batch, Tensor)
+                else (batch[0], batch[1] if len(batch) > 1 else None)
+            )
+
+    @property
+    def n_batches(self) -> int | None:
+        """None where it is not known."""
+        return len(self.source) if isinstance(self.source, Sized) else None
+
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        if not self.can_be_repeated:
+            raise ValueError(
+                "by='source' over an iterator needs max_positions, the length of the longest document"
+            )
+        return max((int(real_tokens(tokens, mask).sum(dim=1).max()) for tokens, mask in self), default=1)
+
+
+def _corpus_of(model: HookedMoE, given: Batches, mask: Mask | None) -> _Corpus:
+    if mask is not None and not isinstance(given, Tensor):
+        raise ValueError(
+            "attention_mask goes with tokens given as one tensor; a batch is a tuple (tokens, mask)"
+        )
+    if isinstance(given, Tensor):
+        return _Corpus([(given, mask)], True, f"{given.shape[0]} rows of tokens given by the caller")
+    if isinstance(given, str) or (isinstance(given, Sequence) and given and isinstance(given[0], str)):
+        texts = [given] if isinstance(given, str) else given
+        documents = [Document(f"text {i}", "", text) for i, text in enumerate(texts)]  # type: ignore[arg-type]
+        given = token_batches(
+            model,
+            documents,
+            batch_size=_TEXTS_IN_A_BATCH,
+            prepend_bos=bos_by_default(model),
+            description=f"{len(documents)} texts given by the caller",
+        )
+    if isinstance(given, TokenBatches):
+        return _Corpus(given, True, given.description)
+    if not isinstance(given, Iterable):
+        raise ValueError(f"texts, tokens or batches of tokens are wanted, not {type(given).__name__}")
+    can_be_repeated = iter(given) is not given
+    return _Corpus(given, can_be_repeated, "batches of tokens given by the caller")
+
+
+def _bos(model: HookedMoE) -> int:
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"bos_is_lead=False needs a BOS token, and {model.cfg.model_name} has no tokenizer with one"
+        )
+    return int(tokenizer.bos_token_id)
+
+
+# ---- the plan ----
+
+
+@dataclass
+class _Plan:
+    """Which receivers are measured in which pass, and how much memory the largest takes."""
+
+    chunks: list[tuple[int, ...]]
+    bytes_needed: int
+    largest: int
+
+    @classmethod
+    def make(
+        cls,
+        model: HookedMoE,
+        by: Sequence[str],
+        receivers: Sequence[int] | None,
+        budget: int,
+        rank_shift: bool,
+        n_sources: int,
+    ) -> _Plan:
+        n_measures = len(MEASURES) + (len(RANK_MEASURES) if rank_shift else 0)
+
+        def needed(receiver: int) -> int:
+            total = 0
+            for name in by:
+                n_senders = len(senders_before(model.cfg, receiver, name, n_sources=n_sources)) + 1
+                cell = _BYTES_PER_CELL + (_BYTES_PER_TABLE_CELL if name == "neuron" else 0)
+                total += n_measures * cell * n_senders
+            return total
+
+        chunks: list[list[int]] = [[]]
+        sizes = [0]
+        for receiver in check_receivers(model, receivers):
+            size = needed(receiver)
+            if size > budget:
+                raise ValueError(
+                    f"one receiver, M{receiver}, needs {size:,} bytes of accumulators, over memory_budget={budget:,}"
+                )
+            if chunks[-1] and sizes[-1] + size > budget:
+                chunks.append([])
+                sizes.append(0)
+            chunks[-1].append(receiver)
+            sizes[-1] += size
+        return cls([tuple(chunk) for chunk in chunks], sum(sizes), max(sizes))
+
+    def describe(self, corpus: _Corpus) -> str:
+        n_batches = corpus.n_batches or "an unknown number of"
+        return (
+            f"corpus: {corpus.description}\n"
+            f"plan: {len(self.chunks)} pass(es) over {n_batches} batches, accumulators of "
+            f"{self.largest / 2**20:,.1f} MiB"
+        )
+
+
+# ---- the run ----
+
+
+class _Run:
+    """The passes of a plan, one after the other. Each keeps its state in a file of its own."""
+
+    def __init__(
+        self,
+        model: HookedMoE,
+        corpus: _Corpus,
+        plan: _Plan,
+        settings: dict[str, Any],
+        state: Path | None,
+        save_every: float,
+        verbose: bool,
+    ):
+        self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
+        self.state, self.save_every, self.verbose = state, save_every, verbose
+        if state is not None and not state.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
+            )
+
+    def results(self) -> dict[str, RoutingContributions]:
+        chunks = [self._pass(number) for number in range(len(self.plan.chunks))]
+        return {by: _joined([chunk[by] for chunk in chunks]) for by in self.settings["by"]}
+
+    def _pass(self, number: int) -> dict[str, RoutingContributions]:
+        """One pass over the corpus, from where its state left it."""
+        accumulator = ContributionAccumulator(self.model, receivers=self.plan.chunks[number], **self.settings)
+        n_done, digest = self._restore(number, accumulator)
+        seen, saved_at, n_batches = hashlib.sha256(), time.monotonic(), 0
+        for tokens, mask in tqdm(
+            self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
+        ):
+            n_batches += 1
+            _digest(seen, tokens, mask)
+            if n_batches == n_done and seen.hexdigest() != digest:
+                raise self._other_run(number, "its tokens were others")
+            if n_batches <= n_done:
+                continue
+            with torch.no_grad(), accumulator.listening(tokens, mask):
+                self.model(tokens, attention_mask=mask, return_type=None)
+            if self.state is not None and time.monotonic() - saved_at >= self.save_every:
+                self._save(number, accumulator, n_batches, seen.hexdigest())
+                saved_at = time.monotonic()
+        if n_batches < n_done:
+            raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
+        if self.state is not None and n_batches > n_done:
+            self._save(number, accumulator, n_batches, seen.hexdigest())
+        source = self.corpus.source
+        fingerprint = source.fingerprint if isinstance(source, TokenBatches) else seen.hexdigest()
+        return contributions_of(accumulator, corpus=[self.corpus.description], fingerprints=[fingerprint])
+
+    def _file(self, number: int) -> Path:
+        assert self.state is not None
+        n_passes = len(self.plan.chunks)
+        return (
+            self.state
+            if n_passes == 1
+            else self.state.with_name(f"{self.state.name}.{number + 1}-of-{n_passes}")
+        )
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with; in JSON's terms, as it comes back from the file."""
+        cfg = self.model.cfg
+        return {
+            "model": cfg.model_name,
+            "revision": cfg.revision,
+            "dtype": str(cfg.dtype),
+            "weights": _weights_digest(self.model),
+            "moe_lens": version("moe-lens"),
+            "receivers": list(self.plan.chunks[number]),
+            **self.settings,
+        }
+
+    def _save(self, number: int, accumulator: ContributionAccumulator, n_batches: int, digest: str) -> None:
+        arrays: dict[str, Tensor] = {}
+        results = {}
+        for by, result in contributions_of(accumulator).items():
+            of_result, results[by] = result.to_arrays()
+            arrays |= {f"{by}/{name}": array for name, array in of_result.items()}
+        facts = {"run": self._identity(number), "batches": n_batches, "digest": digest, "results": results}
+        write_atomically(self._file(number), arrays, facts)
+
+    def _restore(self, number: int, accumulator: ContributionAccumulator) -> tuple[int, str]:
+        """Put the accumulator where its state left it: how many batches it has seen, and their digest."""
+        if self.state is None or not self._file(number).exists():
+            return 0, ""
+        arrays, facts = read_arrays(self._file(number))
+        saved, now = facts.get("run", {}), self._identity(number)
+        for name in saved.keys() | now.keys():
+            if saved.get(name) != now.get(name):
+                raise self._other_run(number, f"{name} was {saved.get(name)!r} and is {now.get(name)!r}")
+        for by, tally in accumulator.tallies.items():
+            of_result = {
+                name.removeprefix(f"{by}/"): array
+                for name, array in arrays.items()
+                if name.startswith(f"{by}/")
+            }
+            result = RoutingContributions.from_arrays(
+                of_result, facts["results"][by], str(self._file(number))
+            )
+            for key, groups in tally.moments.items():
+                for mine, its in zip(groups, result.moments[key], strict=True):
+                    for name in ("count", "mean", "squares"):
+                        getattr(mine, name).copy_(getattr(its, name))
+            tally.n_documents, tally.n_tokens = result.n_documents, result.n_tokens
+            tally.completeness_error = result.completeness_error
+            tally.rounding_ratio = result.rounding_ratio
+        return facts["batches"], facts["digest"]
+
+    def _other_run(self, number: int, problem: str) -> ValueError:
+        return ValueError(
+            f"the state {str(self._file(number))!r} is of another run: {problem}; name another file, or delete this one"
+        )
+
+
+def _digest(seen: Any, tokens: Tokens, mask: Mask | None) -> None:
+    """A batch's tokens and which are real, into a digest."""
+    real = real_tokens(tokens, mask)
+    seen.update(repr(tuple(tokens.shape)).encode())
+    seen.update(tokens.masked_fill(~real, -1).long().cpu().numpy().tobytes())
+
+
+def _weights_digest(model: HookedMoE) -> str:
+    """Of a few numbers of every parameter: two checkpoints under one name are told apart."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(name.encode() + few.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
+    """Results for runs of receivers, as one for all: a sender's receivers follow one another."""
+    if len(chunks) == 1:
+        return chunks[0]
+    last = chunks[-1]
+    offsets = [0]
+    for chunk in chunks:
+        offsets.append(offsets[-1] + len(chunk.receivers))
+    firsts, moments = [], {key: [] for key in last.moments}
+    for i, group in enumerate(last.senders.groups):
+        with_group = [
+            (offset, chunk, chunk.senders.groups.index(group))
+            for offset, chunk in zip(offsets, chunks, strict=False)
+            if group in chunk.senders.groups
+        ]
+        offset, chunk, place = with_group[0]
+        firsts.append(offset + chunk.firsts[place])
+        for key in moments:
+            parts = [chunk.moments[key][place] for _, chunk, place in with_group]
+            assert all(torch.equal(part.count, parts[0].count) for part in parts), i
+            moments[key].append(
+                Moments.of(
+                    parts[0].count,
+                    torch.cat([part.mean for part in parts], dim=1),
+                    torch.cat([part.squares for part in parts], dim=1),
+                )
+            )
+    ratios = [chunk.rounding_ratio for chunk in chunks if chunk.rounding_ratio is not None]
+    return replace(
+        last,
+        receivers=tuple(receiver for chunk in chunks for receiver in chunk.receivers),
+        firsts=tuple(firsts),
+        moments=moments,
+        completeness_error=max(chunk.completeness_error for chunk in chunks),
+        rounding_ratio=max(ratios) if ratios else None,
+    )

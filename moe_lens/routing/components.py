@@ -1,0 +1,189 @@
+"""From a component that has just run to its part in the batch, for each kind of sender.
+
+One `ComponentReader` for each component and granularity of a pass. It keeps what is folded once for a checkpoint
+(`W_O R^T` of an attention layer, the columns of an MLP), takes the hook values of a batch, and gives the part, with
+the sum of its senders' scores for the check that everything sums to the logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.mlp import DenseMLP
+from moe_lens.model.moe import MoE
+from moe_lens.routing.measures import head_lengths, normalised_lengths
+from moe_lens.routing.neuron_parts import NeuronColumns, NeuronPart
+from moe_lens.routing.parts import Measuring, Part, Readouts, TokenPart, token_chunks
+from moe_lens.routing.senders import SenderGroup, SourceAxis
+from moe_lens.routing.source_parts import SourcePart
+from moe_lens.routing.writes import (
+    GroupValues,
+    Values,
+    attention_of,
+    folded_output,
+    head_values,
+    mlp_of,
+    routed_neurons,
+    shared_neurons,
+    written_by,
+)
+
+
+class Read(NamedTuple):
+    """A component's part in a batch, and the sum of its senders' scores: at every token, or, for neurons, at the
+    tokens where sums are checked."""
+
+    part: Part
+    summed: Float[Tensor, "token receiver expert"]
+
+
+class ComponentReader:
+    """Args:
+    model: whose component it is.
+    group: the component, and what it divides into.
+    first: the first receiver that it reaches.
+    readouts: of all receivers of the pass.
+    measuring: how scores are measured.
+    source_axis, n_sources: for (head, source) senders.
+    """
+
+    def __init__(
+        self,
+        model: HookedMoE,
+        group: SenderGroup,
+        first: int,
+        readouts: Readouts,
+        measuring: Measuring,
+        *,
+        source_axis: SourceAxis,
+        n_sources: int,
+    ):
+        self.model, self.group, self.first = model, group, first
+        self.readouts = readouts.later(first)
+        self.measuring = measuring
+        self.source_axis: SourceAxis = source_axis
+        self.n_sources = n_sources
+        self._rows = self.readouts.flat
+        if group.kind in ("heads", "sources"):
+            attention = attention_of(model, group.layer)
+            self._folded = folded_output(attention, self._rows)
+            self._bias = attention.b_O.detach().float() if len(group.names) == 2 else None
+        if group.kind in ("neurons", "dense neurons"):
+            mlp = mlp_of(model, group.layer)
+            if isinstance(mlp, MoE):
+                shared = None if mlp.shared is None else mlp.shared.W_down
+                self._columns = NeuronColumns(mlp.experts.W_down, shared, self.readouts)
+            else:
+                assert isinstance(mlp, DenseMLP)
+                self._columns = NeuronColumns(None, mlp.W_down, self.readouts)
+
+    def read(self, values: Values, real: Bool[Tensor, "batch pos"], checked: Int[Tensor, " checked"]) -> Read:
+        """Args:
+        values: the hook values of this component in a batch.
+        real: which tokens are.
+        checked: the flattened tokens at which sums are checked.
+        """
+        of = GroupValues(self.group, values)
+        match self.group.kind:
+            case "whole":
+                vectors = values[self.group.written_at].flatten(0, 1)[:, None]
+                return self._token_part(vectors, torch.zeros_like(vectors[..., 0], dtype=torch.long))
+            case "experts":
+                vectors = of.at("hook_expert_contrib").flatten(0, 1)
+                senders = of.at("hook_expert_indices").flatten(0, 1)
+                if len(self.group.names) == 2:
+                    vectors = torch.cat((vectors, of.at("hook_shared_out").flatten(0, 1)[:, None]), dim=1)
+                    senders = torch.cat(
+                        (senders, torch.full_like(senders[:, :1], len(self.group) - 1)), dim=1
+                    )
+                return self._token_part(vectors, senders)
+            case "heads":
+                return self._head_part(of.at("hook_z").flatten(0, 1).float())
+            case "sources":
+                return self._source_part(of, real)
+            case "neurons" | "dense neurons":
+                return self._neuron_part(of, checked)
+
+    def _token_part(
+        self, vectors: Float[Tensor, "token slot d_model"], senders: Int[Tensor, "token slot"]
+    ) -> Read:
+        part = TokenPart(len(self.group), self.first, self.measuring)
+        tokens = torch.arange(len(vectors), device=vectors.device)
+        sums = []
+        for chunk in token_chunks(len(vectors), vectors.shape[1] * len(self._rows)):
+            sent = vectors[chunk].float()
+            scores = self.readouts.unflatten(sent @ self._rows.T)
+            part.add(tokens[chunk], senders[chunk], scores, normalised_lengths(sent, self.readouts.gains))
+            sums.append(scores.sum(dim=1))
+        return Read(part, torch.cat(sums))
+
+    def _head_part(self, z: Float[Tensor, "token head d_value"]) -> Read:
+        part = TokenPart(len(self.group), self.first, self.measuring)
+        tokens = torch.arange(len(z), device=z.device)
+        senders = torch.arange(len(self.group), device=z.device)
+        attention = attention_of(self.model, self.group.layer)
+        sums = []
+        for chunk in token_chunks(len(z), len(self.group) * len(self._rows)):
+            scores = self.readouts.unflatten(
+                einsum(z[chunk], self._folded, "token head d_value, head d_value row -> token head row")
+            )
+            lengths = head_lengths(attention, z[chunk], self.readouts.gains)
+            if self._bias is not None:
+                bias_scores, bias_lengths = self._bias_measures()
+                n = len(scores)
+                scores = torch.cat((scores, bias_scores.expand(n, 1, *bias_scores.shape)), dim=1)
+                lengths = torch.cat((lengths, bias_lengths.expand(n, 1, *bias_lengths.shape)), dim=1)
+            part.add(tokens[chunk], senders.expand(len(scores), -1), scores, lengths)
+            sums.append(scores.sum(dim=1))
+        return Read(part, torch.cat(sums))
+
+    def _bias_measures(self) -> tuple[Float[Tensor, "receiver expert"], Float[Tensor, " receiver"]]:
+        assert self._bias is not None
+        scores = self.readouts.unflatten(self._bias @ self._rows.T)
+        return scores, normalised_lengths(self._bias, self.readouts.gains)
+
+    def _source_part(self, of: GroupValues, real: Bool[Tensor, "batch pos"]) -> Read:
+        attention = attention_of(self.model, self.group.layer)
+        sources, pattern = head_values(attention, of.at("hook_v")), of.at("hook_pattern")
+        n_batch = len(sources)
+        if not bool(real.all()):
+            # What padding holds must not be read: 0 times infinity would be.
+            sources = sources.masked_fill(~real[:, :, None, None], 0.0)
+            pattern = pattern.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
+        by_source = einsum(sources, self._folded, "b p head d_value, head d_value row -> b p head row")
+        lengths = head_lengths(attention, sources.flatten(0, 1), self.readouts.gains)
+        bias = None if self._bias is None else self._bias_measures()
+        part = SourcePart(
+            pattern,
+            self.readouts.unflatten(by_source),
+            rearrange(lengths, "(b p) head r -> b p head r", b=n_batch),
+            bias,
+            real,
+            self.n_sources,
+            self.source_axis,
+            self.first,
+            self.measuring,
+        )
+        summed = einsum(pattern.float(), by_source, "b head q p, b p head row -> b q row")
+        summed = self.readouts.unflatten(summed.flatten(0, 1))
+        return Read(part, summed if bias is None else summed + bias[0])
+
+    def _neuron_part(self, of: GroupValues, checked: Int[Tensor, " checked"]) -> Read:
+        routed, always = None, None
+        if self.group.kind == "neurons":
+            routed = (routed_neurons(of).flatten(0, 1), of.at("hook_expert_indices").flatten(0, 1))
+            if len(self.group.names) == 2:
+                always = shared_neurons(self.model, of).flatten(0, 1)
+        else:
+            always = of.at("hook_post").flatten(0, 1).float()
+        part = NeuronPart(self._columns, routed, always, self.first, self.measuring)
+        # A sum over neurons is the down-projection once more, so it is made for the checked tokens alone.
+        at_checked = {name: value.flatten(0, 1)[checked][None] for name, value in of.values.items()}
+        vector, _ = written_by(self.model, self.group, at_checked)
+        return Read(part, self.readouts.unflatten(vector[0] @ self._rows.T))
