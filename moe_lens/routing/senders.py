@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from operator import eq
 from typing import Literal, overload
 
 from moe_lens.config import MoEConfig
@@ -133,7 +134,7 @@ class Senders(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Senders):
             return self.groups == other.groups
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     def __hash__(self) -> int:
         return hash(self.groups)
