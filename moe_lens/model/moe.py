@@ -176,4 +176,11 @@ def _in_places(
     point: HookPoint, sorted_slots: Float[Tensor, "slot d"], slots: SlotOrder
 ) -> Float[Tensor, "slot d"]:
     """Show sorted slots to a hook point in their places `[batch, pos, k, d]`, if anybody listens."""
-    return slots.sort(point(slots.restore(sorted_slots))) if point.is_listened_to else sorted_slots
+    if not point.is_listened_to:
+        return sorted_slots
+    shown = slots.restore(sorted_slots)
+    # Torch counts in-place edits: what was only looked at need not be sorted back.
+    version = None if shown.is_inference() else shown._version
+    seen = point(shown)
+    untouched = seen is shown and version is not None and version == shown._version
+    return sorted_slots if untouched else slots.sort(seen)

@@ -72,15 +72,15 @@ class Moments:
         present: Bool[Tensor, "document sender"],
         receivers: slice = slice(None),
     ) -> None:
-        """The values of a few more documents at some receivers, float64; `counted` when all receivers are in."""
+        """The values of a few more documents at some receivers, float64, and 0 where a sender is not present;
+        `counted` when all receivers are in."""
         counts = present.sum(dim=0, dtype=torch.float64)
         if bool(present.all()):
             mean = values.mean(dim=2)
             squares = (values - mean[:, :, None]).square_().sum(dim=2)
         else:
-            values = values.masked_fill(~present, 0.0)
             mean = values.sum(dim=2) / counts.clamp(min=1)
-            squares = (values - mean[:, :, None]).masked_fill_(~present, 0.0).square_().sum(dim=2)
+            squares = (values - mean[:, :, None]).mul_(present).square_().sum(dim=2)
         self.merge(counts, mean, squares, receivers)
 
     def merge(

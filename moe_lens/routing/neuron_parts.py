@@ -133,11 +133,9 @@ class NeuronPart:
             boundaries = torch.arange(1, n_groups + 1, device=groups.device)
             ends = torch.searchsorted(groups[order], boundaries, out_int32=True)
             values, once = values[order], weights[tokens[order]]
-            powers = (
-                (once.square(), values.square()),
-                (once, values.clamp(min=0)),
-                (once, -values.clamp(max=0)),
-            )
+            positive = values.clamp(min=0)
+            negative = positive - values
+            powers = ((once.square(), values.square_()), (once, positive), (once, negative))
             for part, (weight, power) in zip(parts, powers, strict=True):
                 products = group_products(weight, power, ends)
                 part.append(

@@ -133,7 +133,7 @@ class ContributionAccumulator:
     ):
         self.model = model
         names = [by] if isinstance(by, str) else list(by)
-        self.by: tuple[Granularity, ...] = tuple(map(check_granularity, names))
+        self.by: tuple[Granularity, ...] = tuple([check_granularity(name) for name in names])
         if not self.by or len(set(self.by)) < len(self.by):
             raise ValueError(f"by={by!r} must name granularities, each once")
         self.receivers = check_receivers(model, receivers)
@@ -244,16 +244,20 @@ class _Pass:
         few = every[
             torch.linspace(0, len(every) - 1, min(NEURON_CHECKS, len(every)), device=real.device).long()
         ]
-        self.checked = {by: few if by == "neuron" and not owner._rounds else every for by in owner.by}
+        self.checked: dict[Granularity, Tensor] = {
+            by: few if by == "neuron" and not owner._rounds else every for by in owner.by
+        }
         shape = owner._readouts.rows.shape[:2]
         self.sums = {
             by: torch.zeros(len(checked), *shape, device=real.device) for by, checked in self.checked.items()
         }
-        self.streams: dict[str, StreamSum] = {}
+        self.streams: dict[Granularity, StreamSum] = {}
         self.rounding_parts = (
             {by: TokenPart(1, 0, owner.measuring) for by in owner.by} if owner._rounds else {}
         )
         self.roundings: dict[str, list[tuple[Tensor, Tensor]]] = {by: [] for by in owner.by}
+        self.errors: dict[Granularity, float] = {}
+        self.ratios: dict[Granularity, float] = {}
         self.finite = True
         self.scales: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -325,16 +329,14 @@ class _Pass:
             self.got[by] = self.got[by] + scores[self.checked[by]]
             self.roundings[by].append((scores, normalised_lengths(rounding, readouts.gains)[:, 0]))
             ratio = so_far.rounding_ratio(stream, self.real)
-            tally = owner.tallies[by]  # type: ignore[index]
-            tally.rounding_ratio = max(tally.rounding_ratio or 0.0, ratio)
+            self.ratios[by] = max(self.ratios.get(by, 0.0), ratio)
 
     def _scale_known(self, place: int, scale: Float[Tensor, "batch pos 1"]) -> None:
         self.fired.append(f"receiver {place}")
         flat = scale.detach().float().flatten(0, 1)
         for by, checked in self.checked.items():
             error = relative_error(self.got[by] / flat[checked], (self.expected / flat)[checked])
-            tally = self.owner.tallies[by]
-            tally.completeness_error = max(tally.completeness_error, error)
+            self.errors[by] = max(self.errors.get(by, 0.0), error)
         self.finite &= bool((self.expected / flat)[self.real.flatten()].isfinite().all())
         self.scales.append(flat[:, 0])
 
@@ -366,6 +368,9 @@ class _Pass:
                 else:
                     part = self.parts[group.component, group.kind]
                 tally.add(place, part, routed)
+            tally.completeness_error = max(tally.completeness_error, self.errors[by])
+            if by in self.ratios:
+                tally.rounding_ratio = max(tally.rounding_ratio or 0.0, self.ratios[by])
             for position, member in routed.classes.items():
                 counts = _per_document(member, routed)
                 tally.n_documents[position] += int((counts > 0).sum())

@@ -1,0 +1,340 @@
+"""Running a corpus through an accumulator: what it takes, planned before it begins, and kept on the way.
+
+What a run keeps is one mean and one spread for each (sender, receiver) and measure, whatever the length of the corpus.
+Where that is more than its memory budget, as for the neurons of a large model, the receivers are divided into chunks,
+and the corpus is passed once for each. A pass can be killed at any time: its state is saved whole or not at all, and
+the same call goes on from there and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_lens.corpus import TokenBatches
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routing.documents import Moments, real_tokens
+from moe_lens.routing.measures import MEASURES, RANK_MEASURES
+from moe_lens.routing.result import RoutingContributions, measure_names, read_arrays, write_atomically
+from moe_lens.routing.senders import senders_before
+from moe_lens.routing.streaming import ContributionAccumulator, check_receivers
+
+# A mean and a spread in float64, for two position classes and two populations.
+_BYTES_PER_CELL = 2 * 8 * 2 * 2
+# A neuron's measures at a receiver are also a float32 table.
+_BYTES_PER_TABLE_CELL = 4
+
+Tokens = Int[Tensor, "batch pos"]
+Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
+
+
+@dataclass
+class Corpus:
+    """Batches of (tokens, mask), what they are, and whether they can be gone through again."""
+
+    source: TokenBatches | Iterable[Tensor | Sequence[Any]]
+    can_be_repeated: bool
+    description: str
+
+    def __iter__(self) -> Iterator[tuple[Tokens, Mask | None]]:
+        for batch in self.source:
+            yield (
+                (batch, None)
+                if isinstance(batch, Tensor)
+                else (batch[0], batch[1] if len(batch) > 1 else None)
+            )
+
+    @property
+    def n_batches(self) -> int | None:
+        """None where it is not known."""
+        return len(self.source) if isinstance(self.source, Sized) else None
+
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        if not self.can_be_repeated:
+            raise ValueError(
+                "by='source' over an iterator needs max_positions, the length of the longest document"
+            )
+        return max((int(real_tokens(tokens, mask).sum(dim=1).max()) for tokens, mask in self), default=1)
+
+
+def contributions_of(
+    accumulator: ContributionAccumulator, *, corpus: Sequence[str] = (), fingerprints: Sequence[str] = ()
+) -> dict[str, RoutingContributions]:
+    """What an accumulator has gathered, by granularity.
+
+    Args:
+        corpus, fingerprints: what the tokens were, for the provenance.
+
+    Raises:
+        ValueError: it has seen no batch.
+    """
+    cfg, measuring = accumulator.model.cfg, accumulator.measuring
+    provenance = {
+        "model": cfg.model_name,
+        "revision": cfg.revision,
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "corpus": list(corpus),
+        "fingerprints": list(fingerprints),
+        "experts": accumulator.measured_experts,
+        "source_axis": accumulator.source_axis if "source" in accumulator.by else None,
+        "lead_token": "the first token of a document"
+        if accumulator.left_out is None
+        else f"the first token after BOS (token {accumulator.left_out}), which is left out",
+        "moe_lens": version("moe-lens"),
+    }
+    results = {}
+    for by, tally in accumulator.tallies.items():
+        if tally.n_documents["lead"] == 0:
+            raise ValueError("there were no batches, so there is nothing to average over")
+        results[by] = RoutingContributions(
+            by=by,
+            senders=tally.senders,
+            receivers=tuple(f"M{receiver}" for receiver in accumulator.receivers),
+            measures=measure_names(measuring.rank_shift),
+            n_documents=dict(tally.n_documents),
+            n_tokens=dict(tally.n_tokens),
+            completeness_error=tally.completeness_error,
+            rounding_ratio=tally.rounding_ratio,
+            provenance=provenance,
+            firsts=tally.firsts,
+            moments={key: [moments.copy() for moments in groups] for key, groups in tally.moments.items()},
+        )
+    return results
+
+
+# ---- the plan ----
+
+
+@dataclass
+class Plan:
+    """Which receivers are measured in which pass, and how much memory the largest takes."""
+
+    chunks: list[tuple[int, ...]]
+    bytes_needed: int
+    largest: int
+
+    @classmethod
+    def make(
+        cls,
+        model: HookedMoE,
+        by: Sequence[str],
+        receivers: Sequence[int] | None,
+        budget: int,
+        rank_shift: bool,
+        n_sources: int,
+    ) -> Plan:
+        n_measures = len(MEASURES) + (len(RANK_MEASURES) if rank_shift else 0)
+
+        def needed(receiver: int) -> int:
+            total = 0
+            for name in by:
+                n_senders = len(senders_before(model.cfg, receiver, name, n_sources=n_sources)) + 1
+                cell = _BYTES_PER_CELL + (_BYTES_PER_TABLE_CELL if name == "neuron" else 0)
+                total += n_measures * cell * n_senders
+            return total
+
+        chunks: list[list[int]] = [[]]
+        sizes = [0]
+        for receiver in check_receivers(model, receivers):
+            size = needed(receiver)
+            if size > budget:
+                raise ValueError(
+                    f"one receiver, M{receiver}, needs {size:,} bytes of accumulators, over memory_budget={budget:,}"
+                )
+            if chunks[-1] and sizes[-1] + size > budget:
+                chunks.append([])
+                sizes.append(0)
+            chunks[-1].append(receiver)
+            sizes[-1] += size
+        return cls([tuple(chunk) for chunk in chunks], sum(sizes), max(sizes))
+
+    def describe(self, corpus: Corpus) -> str:
+        n_batches = corpus.n_batches or "an unknown number of"
+        return (
+            f"corpus: {corpus.description}\n"
+            f"plan: {len(self.chunks)} pass(es) over {n_batches} batches, accumulators of "
+            f"{self.largest / 2**20:,.1f} MiB"
+        )
+
+
+# ---- the run ----
+
+
+class Run:
+    """The passes of a plan, one after the other. Each keeps its state in a file of its own."""
+
+    def __init__(
+        self,
+        model: HookedMoE,
+        corpus: Corpus,
+        plan: Plan,
+        settings: dict[str, Any],
+        state: Path | None,
+        save_every: float,
+        verbose: bool,
+    ):
+        self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
+        self.state, self.save_every, self.verbose = state, save_every, verbose
+        if state is not None and not state.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
+            )
+
+    def results(self) -> dict[str, RoutingContributions]:
+        chunks = [self._pass(number) for number in range(len(self.plan.chunks))]
+        return {by: _joined([chunk[by] for chunk in chunks]) for by in self.settings["by"]}
+
+    def _pass(self, number: int) -> dict[str, RoutingContributions]:
+        """One pass over the corpus, from where its state left it."""
+        accumulator = ContributionAccumulator(self.model, receivers=self.plan.chunks[number], **self.settings)
+        n_done, digest = self._restore(number, accumulator)
+        seen, saved_at, n_batches = hashlib.sha256(), time.monotonic(), 0
+        for tokens, mask in tqdm(
+            self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
+        ):
+            n_batches += 1
+            _digest(seen, tokens, mask)
+            if n_batches == n_done and seen.hexdigest() != digest:
+                raise self._other_run(number, "its tokens were others")
+            if n_batches <= n_done:
+                continue
+            with torch.no_grad(), accumulator.listening(tokens, mask):
+                self.model(tokens, attention_mask=mask, return_type=None)
+            if self.state is not None and time.monotonic() - saved_at >= self.save_every:
+                self._save(number, accumulator, n_batches, seen.hexdigest())
+                saved_at = time.monotonic()
+        if n_batches < n_done:
+            raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
+        if self.state is not None and n_batches > n_done:
+            self._save(number, accumulator, n_batches, seen.hexdigest())
+        source = self.corpus.source
+        fingerprint = source.fingerprint if isinstance(source, TokenBatches) else seen.hexdigest()
+        return contributions_of(accumulator, corpus=[self.corpus.description], fingerprints=[fingerprint])
+
+    def _file(self, number: int) -> Path:
+        assert self.state is not None
+        n_passes = len(self.plan.chunks)
+        return (
+            self.state
+            if n_passes == 1
+            else self.state.with_name(f"{self.state.name}.{number + 1}-of-{n_passes}")
+        )
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with; in JSON's terms, as it comes back from the file."""
+        cfg = self.model.cfg
+        return {
+            "model": cfg.model_name,
+            "revision": cfg.revision,
+            "dtype": str(cfg.dtype),
+            "weights": _weights_digest(self.model),
+            "moe_lens": version("moe-lens"),
+            "receivers": list(self.plan.chunks[number]),
+            **self.settings,
+        }
+
+    def _save(self, number: int, accumulator: ContributionAccumulator, n_batches: int, digest: str) -> None:
+        arrays: dict[str, Tensor] = {}
+        results = {}
+        for by, result in contributions_of(accumulator).items():
+            of_result, results[by] = result.to_arrays()
+            arrays |= {f"{by}/{name}": array for name, array in of_result.items()}
+        facts = {"run": self._identity(number), "batches": n_batches, "digest": digest, "results": results}
+        write_atomically(self._file(number), arrays, facts)
+
+    def _restore(self, number: int, accumulator: ContributionAccumulator) -> tuple[int, str]:
+        """Put the accumulator where its state left it: how many batches it has seen, and their digest."""
+        if self.state is None or not self._file(number).exists():
+            return 0, ""
+        arrays, facts = read_arrays(self._file(number))
+        saved, now = facts.get("run", {}), self._identity(number)
+        for name in saved.keys() | now.keys():
+            if saved.get(name) != now.get(name):
+                raise self._other_run(number, f"{name} was {saved.get(name)!r} and is {now.get(name)!r}")
+        for by, tally in accumulator.tallies.items():
+            of_result = {
+                name.removeprefix(f"{by}/"): array
+                for name, array in arrays.items()
+                if name.startswith(f"{by}/")
+            }
+            result = RoutingContributions.from_arrays(
+                of_result, facts["results"][by], str(self._file(number))
+            )
+            for key, groups in tally.moments.items():
+                for mine, its in zip(groups, result.moments[key], strict=True):
+                    for name in ("count", "mean", "squares"):
+                        getattr(mine, name).copy_(getattr(its, name))
+            tally.n_documents, tally.n_tokens = result.n_documents, result.n_tokens
+            tally.completeness_error = result.completeness_error
+            tally.rounding_ratio = result.rounding_ratio
+        return facts["batches"], facts["digest"]
+
+    def _other_run(self, number: int, problem: str) -> ValueError:
+        return ValueError(
+            f"the state {str(self._file(number))!r} is of another run: {problem}; name another file, or delete this one"
+        )
+
+
+def _digest(seen: Any, tokens: Tokens, mask: Mask | None) -> None:
+    """A batch's tokens and which are real, into a digest."""
+    real = real_tokens(tokens, mask)
+    seen.update(repr(tuple(tokens.shape)).encode())
+    seen.update(tokens.masked_fill(~real, -1).long().cpu().numpy().tobytes())
+
+
+def _weights_digest(model: HookedMoE) -> str:
+    """Of a few numbers of every parameter: two checkpoints under one name are told apart."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(name.encode() + few.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
+    """Results for runs of receivers, as one for all: a sender's receivers follow one another."""
+    if len(chunks) == 1:
+        return chunks[0]
+    last = chunks[-1]
+    offsets = [0]
+    for chunk in chunks:
+        offsets.append(offsets[-1] + len(chunk.receivers))
+    firsts, moments = [], {key: [] for key in last.moments}
+    for i, group in enumerate(last.senders.groups):
+        with_group = [
+            (offset, chunk, chunk.senders.groups.index(group))
+            for offset, chunk in zip(offsets, chunks, strict=False)
+            if group in chunk.senders.groups
+        ]
+        offset, chunk, place = with_group[0]
+        firsts.append(offset + chunk.firsts[place])
+        for key in moments:
+            parts = [chunk.moments[key][place] for _, chunk, place in with_group]
+            assert all(torch.equal(part.count, parts[0].count) for part in parts), i
+            moments[key].append(
+                Moments.of(
+                    parts[0].count,
+                    torch.cat([part.mean for part in parts], dim=1),
+                    torch.cat([part.squares for part in parts], dim=1),
+                )
+            )
+    ratios = [chunk.rounding_ratio for chunk in chunks if chunk.rounding_ratio is not None]
+    return replace(
+        last,
+        receivers=tuple(receiver for chunk in chunks for receiver in chunk.receivers),
+        firsts=tuple(firsts),
+        moments=moments,
+        completeness_error=max(chunk.completeness_error for chunk in chunks),
+        rounding_ratio=max(ratios) if ratios else None,
+    )
