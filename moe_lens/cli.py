@@ -1,4 +1,4 @@
-"""The command line: `moe-lens verify MODEL` and `moe-lens demo`.
+"""The command line: `moe-lens verify MODEL`, `moe-lens contributions MODEL` and `moe-lens demo`.
 
 Exit status 0: everything passed. 1: it ran, and a check failed. 2: it could not run; one line says why.
 """
@@ -46,6 +46,60 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify)
 
+    contributions = commands.add_parser(
+        "contributions",
+        help="measure over a corpus which senders move which routers; can be killed and resumed",
+    )
+    contributions.add_argument("model", metavar="MODEL", help="a checkpoint directory, a hub id, or 'mini'")
+    contributions.add_argument(
+        "--corpus",
+        default="bundled-demo",
+        help="a preset's name, a .jsonl or text file, or hf:NAME[:CONFIG[:SPLIT]] (default: bundled-demo)",
+    )
+    contributions.add_argument(
+        "--by",
+        nargs="+",
+        choices=("layer", "head", "source", "expert", "neuron"),
+        default=["layer"],
+        help="one pass measures all that are named (default: layer)",
+    )
+    contributions.add_argument(
+        "--output", type=Path, required=True, help="a folder for tables, state and page"
+    )
+    contributions.add_argument(
+        "--receivers", nargs="+", type=int, metavar="LAYER", help="default: every MoE layer"
+    )
+    contributions.add_argument(
+        "--experts",
+        nargs="+",
+        metavar="EXPERT",
+        default=["all"],
+        help="all, selected, or numbers (default: all)",
+    )
+    contributions.add_argument(
+        "--rank-shift", action="store_true", help="also AARV, overlap, change in weights"
+    )
+    contributions.add_argument("--source-axis", choices=("position", "offset"), default="position")
+    contributions.add_argument("--n", type=int, help="documents; default: the preset's number, else all")
+    contributions.add_argument("--min-length", type=int, help="tokens that a document must have")
+    contributions.add_argument(
+        "--max-length", type=int, help="tokens after which it is cut (default: the context)"
+    )
+    contributions.add_argument(
+        "--seed", type=int, help="of the choice of documents (default: the preset's, else 0)"
+    )
+    contributions.add_argument(
+        "--text-field", default="text", help="of JSON lines and datasets (default: text)"
+    )
+    contributions.add_argument(
+        "--text-leads", action="store_true", help="leave BOS out: the first token of text leads"
+    )
+    contributions.add_argument("--batch-size", type=int, default=8, help="documents (default: 8)")
+    contributions.add_argument("--memory-budget", type=float, default=4.0, metavar="GIB", help="default: 4")
+    contributions.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    contributions.add_argument("--device", help="default: a CUDA device where there is one, else the CPU")
+    contributions.set_defaults(run=_contributions)
+
     demo = commands.add_parser("demo", help="explain a model's routing on held-out text, as a page")
     demo.add_argument("--output", type=Path, default=Path("report.html"), help="default: report.html")
     demo.add_argument("--model", default="mini", help="default: mini, the bundled model")
@@ -81,6 +135,60 @@ def _verify(options: argparse.Namespace) -> int:
     )
     print(verification)
     return 0 if verification.passed else 1
+
+
+def _contributions(options: argparse.Namespace) -> int:
+    from moe_lens.corpus_presets import corpus_batches
+    from moe_lens.model.hooked_moe import HookedMoE
+    from moe_lens.routing.contributions import routing_contributions
+    from moe_lens.routing_page import write_contributions_page
+
+    experts = _experts(options.experts)
+    model = HookedMoE.from_pretrained(
+        options.model, dtype=DTYPES.get(options.dtype), device=_device(options.device)
+    )
+    corpus = corpus_batches(
+        model,
+        options.corpus,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        min_length=options.min_length,
+        n=options.n,
+        seed=options.seed,
+        text_field=options.text_field,
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = routing_contributions(
+        model,
+        corpus,
+        by=options.by,
+        receivers=options.receivers,
+        experts=experts,
+        rank_shift=options.rank_shift,
+        source_axis=options.source_axis,
+        bos_is_lead=not options.text_leads,
+        memory_budget=int(options.memory_budget * 2**30),
+        state=options.output / "state.safetensors",
+        verbose=True,
+    )
+    for by, result in results.items():
+        result.save(options.output / f"{by}.safetensors")
+        result.write_table(options.output / f"{by}.parquet")
+        last = result.receivers[-1]
+        top = result.top(last, n=5)
+        named = ", ".join(f"{s} {v:.3g}" for s, v in zip(top["sender"], top["variance"], strict=True))
+        print(f"by {by}: largest variance at {last}: {named}; sums close to {result.completeness_error:.1e}")
+    page = write_contributions_page(results, options.output / "index.html")
+    print(f"tables, results and page: {page.parent}")
+    return 0 if all(result.completeness_error <= 1e-5 for result in results.values()) else 1
+
+
+def _experts(given: Sequence[str]) -> str | list[int]:
+    if given in (["all"], ["selected"]):
+        return given[0]
+    if not all(number.isdecimal() for number in given):
+        raise ValueError(f"--experts {' '.join(given)}: give all, selected, or the numbers of experts")
+    return [int(number) for number in given]
 
 
 def _demo(options: argparse.Namespace) -> int:

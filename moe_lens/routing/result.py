@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
 from moe_lens.routing.senders import Names, SenderGroup, Senders
+from moe_lens.routing.storage import read_arrays, whole_or_not, write_atomically
 
 FORMAT = 1
 
@@ -138,10 +137,31 @@ class RoutingContributions:
         receivers = None if receiver is None else [self.receiver_index(r) for r in _listed(receiver)]
         return self._frame(senders, receivers)
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self, *, when_active: bool = False) -> pd.DataFrame:
         """One row per (position, sender, receiver) that has a value: columns `position` (lead or rest), `sender`,
-        `receiver`, and each measure with its `_standard_error`."""
-        return self._frame(None, None)
+        `receiver`, each measure with its `_standard_error`; over all tokens, or those where the sender is active."""
+        return self._frame(None, None, when_active)
+
+    def write_table(self, path: str | Path) -> Path:
+        """Write the rows of `to_frame` to a Parquet file, whole or not at all: those over all tokens and those over
+        the tokens where the sender is active, told apart by a column `tokens` (`all`, `active`). It is written a
+        receiver at a time, so that a million neurons fit.
+
+        Raises:
+            FileNotFoundError: its folder does not exist.
+        """
+        with whole_or_not(path) as unfinished:
+            writer = None
+            for receiver in range(len(self.receivers)):
+                for tokens in POPULATIONS:
+                    frame = self._frame(None, [receiver], tokens == "active")
+                    frame.insert(0, "tokens", tokens)
+                    rows = pa.Table.from_pandas(frame, preserve_index=False)
+                    writer = writer or pq.ParquetWriter(unfinished, rows.schema)
+                    writer.write_table(rows)
+            assert writer is not None
+            writer.close()
+        return Path(path)
 
     def top(
         self,
@@ -345,63 +365,29 @@ class RoutingContributions:
             out[position] = values.numpy().T
         return out
 
-    def _frame(self, senders: Sequence[int] | None, receivers: Sequence[int] | None) -> pd.DataFrame:
+    def _frame(
+        self, senders: Sequence[int] | None, receivers: Sequence[int] | None, when_active: bool = False
+    ) -> pd.DataFrame:
         rows = np.arange(len(self.senders)) if senders is None else np.array(senders, dtype=int)
         columns = np.arange(len(self.receivers)) if receivers is None else np.array(receivers, dtype=int)
-        means = {m: self.measure(m) for m in self.measures}
-        errors = {m: self.standard_error(m) for m in self.measures}
+        population = "active" if when_active else "all"
+        means = {m: self._by_position(m, population, "mean") for m in self.measures}
+        errors = {m: self._by_position(m, population, "standard error") for m in self.measures}
+        names = np.array([self.senders[int(i)] for i in rows], dtype=object)
         frames = []
         for position in POSITIONS:
-            there = ~np.isnan(means["variance"][position][np.ix_(rows, columns)])
-            row, column = (
-                axis[places] for axis, places in zip((rows, columns), np.nonzero(there), strict=True)
-            )
+            chosen = np.ix_(rows, columns)
+            row, column = np.nonzero(~np.isnan(means["variance"][position][chosen]))
             frame: dict[str, Any] = {
                 "position": position,
-                "sender": [self.senders[int(i)] for i in row],
-                "receiver": np.array(self.receivers, dtype=object)[column],
+                "sender": names[row],
+                "receiver": np.array(self.receivers, dtype=object)[columns[column]],
             }
             for measure in self.measures:
-                frame[measure] = means[measure][position][row, column]
-                frame[f"{measure}_standard_error"] = errors[measure][position][row, column]
+                frame[measure] = means[measure][position][chosen][row, column]
+                frame[f"{measure}_standard_error"] = errors[measure][position][chosen][row, column]
             frames.append(pd.DataFrame(frame))
         return pd.concat(frames, ignore_index=True)
-
-
-def write_atomically(path: str | Path, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Arrays and JSON data to a safetensors file that is there whole, or as it was before.
-
-    Raises:
-        FileNotFoundError: its folder does not exist.
-    """
-    path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    tensors = {name: array.detach().cpu().contiguous() for name, array in arrays.items()}
-    save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    return path
-
-
-def read_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_atomically` wrote.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is none that this package wrote.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"{path.name} is no file of routing contributions: {error!r}") from error
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

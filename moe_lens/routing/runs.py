@@ -25,8 +25,9 @@ from moe_lens.corpus import TokenBatches
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import Moments, real_tokens
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
-from moe_lens.routing.result import RoutingContributions, measure_names, read_arrays, write_atomically
+from moe_lens.routing.result import RoutingContributions, measure_names
 from moe_lens.routing.senders import senders_before
+from moe_lens.routing.storage import read_arrays, write_atomically
 from moe_lens.routing.streaming import ContributionAccumulator, check_receivers
 
 # A mean and a spread in float64, for two position classes and two populations.
