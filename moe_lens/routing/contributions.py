@@ -96,6 +96,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     granularities = [check_granularity(name) for name in ([by] if isinstance(by, str) else by)]
     if "source" in granularities and max_positions is None:
         max_positions = corpus.longest()
+    if max_positions is not None and max_positions < 1:
+        raise ValueError(f"max_positions={max_positions} must be positive")
     plan = Plan.make(model, granularities, receivers, memory_budget, rank_shift, max_positions or 0)
     check_experts(model, experts, rank_shift=rank_shift)
     settings: dict[str, Any] = dict(

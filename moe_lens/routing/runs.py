@@ -49,11 +49,12 @@ class Corpus:
 
     def __iter__(self) -> Iterator[tuple[Tokens, Mask | None]]:
         for batch in self.source:
-            yield (
-                (batch, None)
-                if isinstance(batch, Tensor)
-                else (batch[0], batch[1] if len(batch) > 1 else None)
-            )
+            parts = [batch] if isinstance(batch, Tensor) else batch
+            if not isinstance(parts, Sequence) or not parts or not isinstance(parts[0], Tensor):
+                raise ValueError(
+                    f"a batch is tokens, or a tuple that begins with them and their mask, not {batch!r}"
+                )
+            yield parts[0], parts[1] if len(parts) > 1 else None
 
     @property
     def n_batches(self) -> int | None:
