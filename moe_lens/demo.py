@@ -21,6 +21,7 @@ from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
 from moe_lens.routing.contributions import RoutingContributions, contributions_of
 from moe_lens.routing.load import ExpertLoad, LoadCounter
 from moe_lens.routing.streaming import ContributionAccumulator
+from moe_lens.routing_page_data import RoutingDecisions, routing_decisions
 
 MINIMUM_DOCUMENTS = 40
 MINIMUM_TOKENS = 8_000
@@ -40,9 +41,10 @@ class DemoResult:
         cfg: the model's facts; `n_parameters` and `stored_dtype` are its checkpoint's.
         verification: against transformers, on the first documents.
         contributions: over all documents.
-        completeness_error: the largest over batches, routers and both ways of taking the sum (a cached batch at
-            once, and the stream): max |sum of scores - logits| / max |logits|.
+        completeness_error: the largest over batches, routers and all ways of taking the sum (a cached batch at
+            once, the stream, and the finer senders of `decisions`): max |sum of scores - logits| / max |logits|.
         load: of every expert.
+        decisions: of a few documents, to look at one by one.
         documents: one row each: `document`, `topic`, `tokens`, `loss` (nats per token).
         loss: the mean over all tokens that have a next one, in nats.
         n_tokens, n_truncated_documents, n_truncated_tokens: of the corpus.
@@ -56,6 +58,7 @@ class DemoResult:
     contributions: RoutingContributions
     completeness_error: float
     load: ExpertLoad
+    decisions: RoutingDecisions
     documents: pd.DataFrame
     loss: float
     n_tokens: int
@@ -152,14 +155,16 @@ def run_demo(
         hooked, model, batch.tokens[:_VERIFIED_DOCUMENTS], attention_mask=batch.mask[:_VERIFIED_DOCUMENTS]
     )
     contributions, load, per_document, loss, error = _run_corpus(hooked, corpus)
+    decisions = routing_decisions(hooked, corpus)
     return DemoResult(
         cfg=hooked.cfg,
         n_parameters=sum(parameter.numel() for parameter in hooked.parameters()),
         stored_dtype=_stored_dtype(model),
         verification=verification,
         contributions=contributions,
-        completeness_error=max(error, contributions.completeness_error),
+        completeness_error=max(error, contributions.completeness_error, decisions.completeness_error),
         load=load,
+        decisions=decisions,
         documents=per_document,
         loss=loss,
         n_tokens=corpus.n_tokens,

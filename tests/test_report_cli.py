@@ -76,11 +76,14 @@ def test_page_shows_everything(result: DemoResult, page: str) -> None:
     assert f"{result.loss:.3f}" in page
     assert f"{result.completeness_error:.1e}" in page
     assert f"{result.n_tokens:,} tokens" in page
+    assert result.decisions.json in page
+    assert page.count('id="routing-page"') == 1
 
 
 def test_result(result: DemoResult) -> None:
     assert result.passed
     assert result.completeness_error <= 1e-5
+    assert result.decisions.n_documents == 6
     assert result.contributions.n_documents == {"lead": 42, "rest": 42}
     assert result.load.n_tokens == result.n_tokens == int(result.documents["tokens"].to_numpy().sum())
     losses = result.documents["loss"].to_numpy()
