@@ -247,6 +247,8 @@ class Run:
         }
 
     def _save(self, number: int, accumulator: ContributionAccumulator, n_batches: int, digest: str) -> None:
+        if any(tally.n_documents["lead"] == 0 for tally in accumulator.tallies.values()):
+            return  # so far there was nothing but BOS, which is left out
         arrays: dict[str, Tensor] = {}
         results = {}
         for by, result in contributions_of(accumulator).items():
@@ -261,7 +263,7 @@ class Run:
             return 0, ""
         arrays, facts = read_arrays(self._file(number))
         saved, now = facts.get("run", {}), self._identity(number)
-        for name in saved.keys() | now.keys():
+        for name in [*now, *(saved.keys() - now.keys())]:
             if saved.get(name) != now.get(name):
                 raise self._other_run(number, f"{name} was {saved.get(name)!r} and is {now.get(name)!r}")
         for by, tally in accumulator.tallies.items():
