@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     contributions.add_argument("--source-axis", choices=("position", "offset"), default="position")
     contributions.add_argument("--n", type=int, help="documents; default: the preset's number, else all")
+    contributions.add_argument(
+        "--allow-fewer", action="store_true", help="where there are fewer than --n, take those"
+    )
     contributions.add_argument("--min-length", type=int, help="tokens that a document must have")
     contributions.add_argument(
         "--max-length", type=int, help="tokens after which it is cut (default: the context)"
@@ -138,12 +142,16 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _contributions(options: argparse.Namespace) -> int:
-    from moe_lens.corpus_presets import corpus_batches
+    from moe_lens.corpus_presets import corpus_batches, corpus_kind
     from moe_lens.model.hooked_moe import HookedMoE
     from moe_lens.routing.contributions import routing_contributions
     from moe_lens.routing_page import write_contributions_page
 
+    # What can be known to be wrong is said before a model is read.
     experts = _experts(options.experts)
+    corpus_kind(options.corpus, text_field=options.text_field)
+    if options.output.exists() and not options.output.is_dir():
+        raise NotADirectoryError(f"--output {str(options.output)!r} is a file, and a folder is wanted")
     model = HookedMoE.from_pretrained(
         options.model, dtype=DTYPES.get(options.dtype), device=_device(options.device)
     )
@@ -156,6 +164,7 @@ def _contributions(options: argparse.Namespace) -> int:
         n=options.n,
         seed=options.seed,
         text_field=options.text_field,
+        allow_fewer=options.allow_fewer,
     )
     options.output.mkdir(parents=True, exist_ok=True)
     results = routing_contributions(
@@ -183,7 +192,7 @@ def _contributions(options: argparse.Namespace) -> int:
     return 0 if all(result.completeness_error <= 1e-5 for result in results.values()) else 1
 
 
-def _experts(given: Sequence[str]) -> str | list[int]:
+def _experts(given: Sequence[str]) -> Any:
     if given in (["all"], ["selected"]):
         return given[0]
     if not all(number.isdecimal() for number in given):

@@ -346,9 +346,8 @@ def corpus_batches(
         ValueError: a source that is none of these, a `text_field` for one without fields; and as
             `select_documents`.
     """
-    name = str(source)
-    if name in PRESETS:
-        _refuse_text_field(text_field, f"the preset {name}")
+    name, kind = str(source), corpus_kind(source, text_field=text_field)
+    if kind == "preset":
         changes = {"max_length": max_length, "min_length": min_length, "n": n, "seed": seed}
         preset = replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
         return preset_batches(
@@ -360,22 +359,17 @@ def corpus_batches(
             allow_fewer=allow_fewer,
         )
     seed = 0 if seed is None else seed
-    path, in_random_order = Path(name), False
+    in_random_order = kind == "dataset" and n is not None
     documents: Iterable[Document]
-    if name.startswith("hf:"):
+    if kind == "dataset":
         dataset = _named_dataset(name, text_field)
-        in_random_order = n is not None
         documents, origin = _hub_documents(dataset, n, seed), str(dataset)
         if in_random_order:
             origin += f", shuffled with seed {seed}"
-    elif path.is_file() and path.suffix.lower() in _JSON_LINES:
-        documents, origin = read_jsonl(path, text_field=text_field), path.name
-    elif path.is_file():
-        _refuse_text_field(text_field, f"the text file {path.name}")
-        documents, origin = read_text(path), path.name
+    elif kind == "JSON lines":
+        documents, origin = read_jsonl(name, text_field=text_field), Path(name).name
     else:
-        what = "is a directory; for a dataset write hf: in front" if path.is_dir() else "is no corpus"
-        raise ValueError(f"{name!r} {what}. A corpus is {_ACCEPTED}")
+        documents, origin = read_text(name), Path(name).name
     return select_documents(
         model,
         documents,
@@ -390,6 +384,30 @@ def corpus_batches(
         in_random_order=in_random_order,
         description=origin,
     )
+
+
+def corpus_kind(
+    source: str | Path, *, text_field: str = "text"
+) -> Literal["preset", "dataset", "JSON lines", "text"]:
+    """Which kind of corpus a source names, as `corpus_batches` would take it; nothing is read.
+
+    Raises:
+        ValueError: see `corpus_batches`.
+    """
+    name, path = str(source), Path(source)
+    if name in PRESETS:
+        _refuse_text_field(text_field, f"the preset {name}")
+        return "preset"
+    if name.startswith("hf:"):
+        _named_dataset(name, text_field)
+        return "dataset"
+    if path.is_file() and path.suffix.lower() in _JSON_LINES:
+        return "JSON lines"
+    if path.is_file():
+        _refuse_text_field(text_field, f"the text file {path.name}")
+        return "text"
+    what = "is a directory; for a dataset write hf: in front" if path.is_dir() else "is no corpus"
+    raise ValueError(f"{name!r} {what}. A corpus is {_ACCEPTED}")
 
 
 _ACCEPTED = (
