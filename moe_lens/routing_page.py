@@ -112,7 +112,7 @@ def contributions_page_html(
         sections.append(routing_section(routing))
     body = f"""<h1>What moves the routers of {escape(name)}</h1>
 <p class="lead">Every router's scores, taken apart exactly into what earlier components wrote, as means over
-{first.n_documents["lead"]:,} documents of {sum(first.n_tokens.values()):,} tokens.</p>
+{first.n_documents["lead"]:,} documents, {sum(first.n_tokens.values()):,} tokens in all.</p>
 {"".join(sections)}
 {_provenance_section(first)}"""
     return page_html(f"Routing of {name}", body, css=routing_css())
@@ -149,7 +149,7 @@ def _figures(result: RoutingContributions) -> str:
         from moe_lens.plots import expert_lines
 
         drawn = [expert_lines(result, measure="variance", position=position) for position in ("rest", "lead")]
-    return f'<div class="figures pair">{"".join(map(figure_html, drawn))}</div>' if drawn else ""
+    return f'<div class="figures">{"".join(map(figure_html, drawn))}</div>' if drawn else ""
 
 
 def _top_table(result: RoutingContributions, measure: str, position: str) -> str:

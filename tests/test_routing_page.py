@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ import torch
 
 from moe_lens.corpus import Document, token_batches
 from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
-from moe_lens.routing.rank_shift import ranks
 from moe_lens.routing_page import routing_page_html, write_routing_page
 from moe_lens.routing_page_data import MINIMUM_POSITIONS, RoutingDecisions, routing_decisions
 
@@ -336,6 +335,16 @@ class _Shown(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def with_script(path: Path, script: str) -> Path:
+    """The page as a reader would leave it who did what the script does."""
+    acted = path.with_name("acted.html")
+    acted.write_text(
+        path.read_text(encoding="utf-8").replace("</main>", f"<script>{script}</script></main>"),
+        encoding="utf-8",
+    )
+    return acted
+
+
 def in_browser(path: Path, profile: Path, **where: Any) -> _Shown:
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
@@ -437,8 +446,49 @@ def test_page_without_an_address_and_with_a_wrong_one(
         assert shown.text["rp-sentence"].startswith("Expert ")
         tokens = shown.text["rp-tokens"]
         assert "<script>alert(" in tokens
-        assert "↵" in tokens
+        assert "↵\n" in tokens
         assert "∅" in tokens
         assert "⟨202e⟩" in tokens
         assert "more tokens are not in this page" in tokens
         assert "to their first 4 tokens (these data may take 4.0 MB)" in shown.text["rp-note"]
+
+
+_ACT = """
+const root = document.getElementById("routing-page"), log = [];
+const selected = (list) => document.querySelector("#rp-" + list + " [aria-selected=true]");
+const press = (list, key) => {
+  selected(list).focus();
+  selected(list).dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  log.push(location.hash.slice(1) + "|" + root.dataset.rank + "|" + (document.activeElement === selected(list)));
+};
+press("tokens", "ArrowRight"); press("tokens", "End"); press("tokens", "ArrowRight"); press("tokens", "Home");
+press("tokens", "ArrowDown"); press("tokens", "ArrowUp");
+press("experts", "ArrowDown"); press("experts", "ArrowUp");
+document.querySelector("#rp-by [data-value=head]").click(); log.push(location.hash.slice(1));
+document.getElementById("rp-document").value = "1";
+document.getElementById("rp-document").dispatchEvent(new Event("change")); log.push(location.hash.slice(1));
+document.querySelectorAll(".rp-token")[5].click(); log.push(location.hash.slice(1));
+root.dataset.log = log.join(" ");
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
+def test_keys_and_clicks(model_of: Callable[[str], Any], tmp_path: Path) -> None:
+    path = write_routing_page(model_of("olmoe"), corpus(), tmp_path / "page.html")
+    n = Page(json.loads(routing_decisions(model_of("olmoe"), corpus()).json)).n(0)
+    acted = with_script(path, _ACT)
+    shown = in_browser(acted, tmp_path / "profile", doc=0, pos=3, layer=1, expert=2, by="layer")
+    assert shown.section.get("data-error") is None
+    log = (shown.section.get("data-log") or "").split(" ")
+    steps = [dict(parse_qsl(entry.split("|")[0])) for entry in log]
+    positions = [int(step["pos"]) for step in steps]
+    assert positions[:4] == [4, n - 1, n - 1, 0]
+    assert all(entry.endswith("|true") for entry in log[:8])
+    # Down goes to another row, and up from there back to the first.
+    below, above = positions[4:6]
+    assert 0 <= above <= below
+    ranks_shown = [int(entry.split("|")[1]) for entry in log[:8]]
+    assert ranks_shown[7] in (ranks_shown[6] - 1, ranks_shown[5])
+    assert [step["by"] for step in steps[7:]] == ["layer", "head", "head", "head"]
+    assert [step["doc"] for step in steps[8:]] == ["0", "1", "1"]
+    assert positions[-1] == 5

@@ -107,10 +107,9 @@
     const match = /^([AM])(\d+)(?:(H|E)(\d+)|(S)|(bias))?$/.exec(name);
     if (!match) return { embed: "the embedding", rounding: "what the stream lost by rounding" }[name] || name;
     const [, kind, layer, sub, index, shared, bias] = match;
-    const moe = data.routers.includes(Number(layer));
-    const whole = (kind === "A" ? "attention" : moe ? "MoE" : "dense MLP") + " of layer " + layer;
-    if (sub) return (sub === "H" ? "head " : "expert ") + index + ", " + whole;
-    return shared ? "shared experts, " + whole : bias ? "output bias, " + whole : whole;
+    const what = sub ? (sub === "H" ? "head " : "expert ") + index : shared ? "shared experts" : bias ? "output bias"
+      : kind === "A" ? "attention" : data.routers.includes(Number(layer)) ? "MoE" : "dense MLP";
+    return "layer " + layer + ", " + what;
   }
 
   function sentence(d, expert) {
@@ -171,7 +170,7 @@
     for (const c of text) {
       const code = c.codePointAt(0);
       const hidden = code < 32 || (code >= 127 && code < 160) || /[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/.test(c);
-      if (c === "\n") parts.push(["↵", true]);
+      if (c === "\n") parts.push(["↵\n", true]);
       else if (c === "\t") parts.push(["⇥", true]);
       else if (c === " " && blank) parts.push(["·", true]);
       else if (hidden) parts.push(["⟨" + code.toString(16).padStart(4, "0") + "⟩", true]);
@@ -195,7 +194,6 @@
       chip.append(run);
       chip.addEventListener("click", () => go({ pos }, chip));
       box.append(chip);
-      if (text.includes("\n")) box.append(document.createElement("br"));
       return chip;
     });
     const document_ = data.documents[state.doc];
@@ -219,7 +217,7 @@
       const share = colour === "weight" ? entry.weight / heaviest : (N - entry.rank) / Math.max(N - 1, 1);
       const blank = colour === "weight" && !entry.chosen;
       chips[pos].style.background = blank ? "" : "rgb(" + shade(share).join() + ")";
-      chips[pos].style.color = !blank && share > 0.6 ? "white" : "";
+      chips[pos].style.color = !blank && share > 0.68 ? "white" : "";
       const is = entry.chosen ? "chosen, weight " + entry.weight.toFixed(3) : "not chosen";
       chips[pos].title = "position " + pos + ": expert " + expert + " has rank " + entry.rank + " of " + N + ", " + is;
       chips[pos].setAttribute("aria-selected", String(pos === state.pos));
@@ -235,7 +233,8 @@
   }
 
   function drawExperts(d) {
-    part("experts-title").textContent = "Experts of M" + d.layer + " at this token";
+    const token = tokenParts(data.documents[state.doc].tokens[state.pos]).map(([text]) => text.trim() || text).join("");
+    part("experts-title").textContent = "Experts of M" + d.layer + " at “" + token + "”, position " + state.pos;
     const low = Math.min(...d.logits), high = Math.max(...d.logits), width = high - low || 1;
     const x = (logit) => 4 + 92 * (logit - low) / width;
     const last = d.order[data.top_k - 1], next = d.order[data.top_k];
@@ -262,7 +261,7 @@
       row.addEventListener("click", () => go({ expert }, row));
       box.append(row);
       if (d.plain && i === data.top_k - 1 && next !== undefined) {
-        box.append(element("div", { class: "rp-edge", text: "boundary: top " + data.top_k + " above" }));
+        box.append(element("div", { class: "rp-edge", "aria-hidden": "true", text: "boundary: top " + data.top_k + " above" }));
       }
     });
     const selected = box.querySelector('[aria-selected="true"]');
@@ -352,17 +351,18 @@
       const attributes = { ...number };
       if (p.rankWithout !== null) {
         const flips = d.plain && !data.grouped && (p.rankWithout <= data.top_k) !== d.chosen;
+        if (p.rankWithout === d.rank) attributes.class += " rp-same";
         rank = p.rankWithout === d.rank ? String(d.rank) : d.rank + " → " + p.rankWithout;
         if (flips) { rank += d.chosen ? ", left out" : ", chosen"; attributes.class += " rp-flip"; }
       }
-      body.append(element("tr", {}, element("td", { text: p.name }),
-        element("td", { class: "lead", text: p.rest ? "together" : longName(p.name) }),
+      body.append(element("tr", {}, element("td", { class: "rp-name", text: p.name }),
+        element("td", { class: "lead rp-name", text: p.rest ? "together" : longName(p.name) }),
         element("td", { ...number, text: signed(p.own) }), element("td", { ...number, text: signed(p.its) }),
         element("td", { class: "number " + (p.push >= 0 ? "rp-up" : "rp-down"), text: signed(p.push) }),
         element("td", { ...attributes, text: rank })));
     }
     body.append(element("tr", { class: "rp-total" }, element("td", { text: "margin" }),
-      element("td", { class: "lead", text: "difference of the logits" }),
+      element("td", { class: "lead rp-name", text: "difference of logits" }),
       element("td", { ...number, text: unsigned(d.logits[expert]) }),
       element("td", { ...number, text: unsigned(d.logits[d.boundary]) }),
       element("td", { ...number, text: unsigned(d.margin) }), element("td", { ...number, text: d.rank })));
