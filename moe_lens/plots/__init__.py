@@ -1,0 +1,33 @@
+"""Figures of routing, as plotly figures that a paper could print.
+
+Blank cells have no value: the sender comes after the receiver, say. Tokens and labels that a caller gives are shown
+literally, whatever markup they look like; no name of a document or model goes into a figure.
+"""
+
+from moe_lens.plots.experts import embedding_line, expert_lines, rank_correlation
+from moe_lens.plots.heads import head_map, own_block_head_map
+from moe_lens.plots.load import load_heatmap
+from moe_lens.plots.sources import source_heatmap, source_maps
+from moe_lens.plots.stripes import stripes
+from moe_lens.plots.style import literal
+from moe_lens.plots.tokens import token_projection
+from moe_lens.plots.values import MEASURE_NAMES, POSITION_NAMES, UNITS
+from moe_lens.plots.waterfall import waterfall
+
+__all__ = [
+    "MEASURE_NAMES",
+    "POSITION_NAMES",
+    "UNITS",
+    "embedding_line",
+    "expert_lines",
+    "head_map",
+    "literal",
+    "load_heatmap",
+    "own_block_head_map",
+    "rank_correlation",
+    "source_heatmap",
+    "source_maps",
+    "stripes",
+    "token_projection",
+    "waterfall",
+]
