@@ -20,6 +20,7 @@ import torch
 
 from moe_lens.corpus import Document, token_batches
 from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
+from moe_lens.routing.rank_shift import ranks
 from moe_lens.routing_page import routing_page_html, write_routing_page
 from moe_lens.routing_page_data import MINIMUM_POSITIONS, RoutingDecisions, routing_decisions
 
