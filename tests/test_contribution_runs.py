@@ -222,7 +222,8 @@ def test_several_passes_killed_at_any_forward(
     how = dict(by=by, max_positions=6, memory_budget=smallest_budget(model, by, 6))
     whole = routing_contributions(model, batches, **how)
     n_forwards = n_passes * len(batches)
-    for n in range(n_forwards):
+    everywhere = dtype == torch.float32  # in half precision a forward takes longer
+    for n in range(n_forwards) if everywhere else (1, n_forwards - 1):
         state = tmp_path / f"{n}" / "state"
         state.parent.mkdir()
         with dies_in_forward(model, n), pytest.raises(Killed):
