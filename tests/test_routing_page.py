@@ -23,6 +23,7 @@ from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
 from moe_lens.routing.rank_shift import ranks
 from moe_lens.routing_page import routing_page_html, write_routing_page
 from moe_lens.routing_page_data import MINIMUM_POSITIONS, RoutingDecisions, routing_decisions
+from tests.families import VARIANTS, Variant, write_checkpoint, write_tokenizer
 
 EVIL = "<script>alert('moe')</script><!--\"&amp;\u2028\u2029 {{script}} {{data}}"
 SENTENCE = "The router sends every token to the experts whose readouts score it highest. "
@@ -493,3 +494,20 @@ def test_keys_and_clicks(model_of: Callable[[str], Any], tmp_path: Path) -> None
     assert [step["by"] for step in steps[7:]] == ["layer", "head", "head", "head"]
     assert [step["doc"] for step in steps[8:]] == ["0", "1", "1"]
     assert positions[-1] == 5
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
+def test_every_expert_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_lens import HookedMoE
+
+    monkeypatch.setitem(VARIANTS, "all_chosen", Variant("olmoe", dict(num_experts_per_tok=8)))
+    directory = write_checkpoint("all_chosen", tmp_path / "checkpoint")
+    write_tokenizer(directory)
+    model = HookedMoE.from_pretrained(directory, dtype=torch.float32, device="cpu", verbose=False)
+    path = write_routing_page(model, corpus(1), tmp_path / "page.html")
+    shown = in_browser(path, tmp_path / "profile", doc=0, pos=3, layer=1, expert=2)
+    assert shown.section.get("data-error") is None
+    assert shown.section.get("data-ready") == "true"
+    assert shown.text["rp-sentence"].endswith("every expert is chosen here, so there is no boundary.")
+    assert shown.text["rp-waterfall-title"] == "No boundary"
+    assert not shown.rows
