@@ -4,7 +4,8 @@ Blank cells have no value: the sender comes after the receiver, say. Tokens and 
 literally, whatever markup they look like; no name of a document or model goes into a figure.
 """
 
-from moe_lens.plots.experts import embedding_line, expert_lines, rank_correlation
+from moe_lens.plots.correlation import rank_correlation
+from moe_lens.plots.experts import embedding_line, expert_lines
 from moe_lens.plots.heads import head_map, own_block_head_map
 from moe_lens.plots.load import load_heatmap
 from moe_lens.plots.sources import source_heatmap, source_maps

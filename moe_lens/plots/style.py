@@ -27,6 +27,9 @@ CATEGORIES = (
 
 Scale = Literal["linear", "log"]
 
+_DECADES = 6
+"""A log axis shows no more than these; smaller values lie below it."""
+
 
 def literal(text: object) -> str:
     """Text that plotly shows as it is: neither tags nor entities are read in it, and a character that does not print
@@ -148,6 +151,25 @@ def at_receivers(figure: go.Figure, receivers: Sequence[str], first: int = 0) ->
     figure.update_xaxes(
         tickvals=places, ticktext=[receivers[i] for i in places], range=[first - 0.4, len(receivers) - 0.4]
     )
+
+
+def fit_axis(update: Any, values: np.ndarray, scale: Scale, from_zero: bool = True) -> None:
+    """An axis as long as the values, with room for names: linear from zero, or log within reason."""
+    there = values[values > 0] if scale == "log" else values[~np.isnan(values)]
+    if scale == "log":
+        high = float(there.max()) if there.size else 1.0
+        low = min(max(float(there.min()) if there.size else 0.1, high / 10**_DECADES), high / 1.5)
+        pad = 0.05 * np.log10(high / low)
+        places, texts = log_ticks(low, high)
+        ends = [np.log10(low) - pad, np.log10(high) + 2 * pad]
+        update(type="log", range=ends, tickvals=[10**place for place in places], ticktext=texts)
+        return
+    low, high = (float(there.min()), float(there.max())) if there.size else (0.0, 1.0)
+    if from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    pad = 0.08 * max(high - low, 1e-12)
+    ends = [low - pad if low < 0 or not from_zero else 0.0, high + pad if high > 0 else 0.0]
+    update(range=ends, zeroline=from_zero, zerolinecolor=GREY)
 
 
 def plus_minus(values: np.ndarray, errors: np.ndarray, unit: str) -> list[str]:
