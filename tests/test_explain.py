@@ -226,22 +226,29 @@ def test_half_precision_has_rounding_as_a_sender(
     )
 
 
-def test_the_check_can_fail(model_of: Callable[[str], Any], checkpoint: Callable[[str], Path]) -> None:
-    """A component that writes more than its hook point shows is seen."""
-    for model, seen in (
-        (model_of("olmoe"), lambda got: got.completeness_error > 1e-4),
-        (
-            HookedMoE.from_pretrained(checkpoint("olmoe"), dtype=torch.bfloat16, verbose=False),
-            lambda got: got.rounding_ratio is not None and got.rounding_ratio > 1,
-        ),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_checks_can_fail(checkpoint: Callable[[str], Path], dtype: torch.dtype) -> None:
+    """A stream that holds more than was written is seen, and a layer that writes more than its heads."""
+    model = HookedMoE.from_pretrained(checkpoint("olmoe"), dtype=dtype, verbose=False)
+
+    def seen(got: Explanation) -> bool:
+        if dtype == torch.float32:
+            return got.completeness_error > 1e-4
+        return got.rounding_ratio is not None and got.rounding_ratio > 1
+
+    expert = next(s for s in at_text(model, 2, 3, "expert").senders if s.startswith("M1E"))
+    assert not seen(at_text(model, 2, 3))
+    for name, explained in (
+        ("blocks.2.hook_resid_mid", lambda: at_text(model, 2, 3)),
+        ("blocks.2.hook_attn_out", lambda: at_text(model, 2, 3).drill("A2")),
+        ("blocks.1.mlp.hook_expert_contrib", lambda: at_text(model, 2, 3, "expert").drill(expert)),
     ):
-        point = model.hook_dict["blocks.2.hook_resid_mid"]
+        assert not seen(explained()), name
+        point = model.hook_dict[name]
         true_forward = point.forward
-        point.forward = lambda value, forward=true_forward: 1.1 * forward(value)
-        try:
-            assert seen(at_text(model, 2, 3))
-        finally:
-            point.forward = true_forward
+        point.forward = lambda value, forward=true_forward: 1.1 * forward(value)  # type: ignore[method-assign]
+        assert seen(explained()), name
+        point.forward = true_forward  # type: ignore[method-assign]
 
 
 # ---- counterfactuals ----

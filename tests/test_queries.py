@@ -90,7 +90,7 @@ def test_persistence_counts_what_loops_count(
 ) -> None:
     contributions = contributions_of("olmoe", by, rank_shift=True)
     n = 3
-    frame = persistence(contributions, measure, n).set_index("sender")
+    frame = persistence(contributions, measure, n=n).set_index("sender")
     values = contributions.measure(measure)["rest"]
     sizes = 1 - values if measure == "overlap" else np.abs(values)
     assert sorted(frame.index) == sorted(contributions.senders)

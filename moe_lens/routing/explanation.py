@@ -251,9 +251,13 @@ class Explanation:
             return "neuron", f"{name}N"
         return None
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.senders)}
+
     def _index(self, sender: str) -> int:
-        if sender in self.senders:
-            return self.senders.index(sender)
+        if sender in self._places:
+            return self._places[sender]
         raise ValueError(
             f"there is no sender {sender!r} here; there are {_few(self.senders)} (an expert that the token did not "
             f"choose, or a source that it cannot see, is zero and not listed)"

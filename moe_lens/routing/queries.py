@@ -53,16 +53,16 @@ def top_senders(
 def persistence(
     contributions: RoutingContributions,
     measure: str = "variance",
-    n: int = 10,
-    *,
     position: str = "rest",
+    *,
+    n: int = 10,
     when_active: bool = False,
 ) -> pd.DataFrame:
     """For how many routers each sender is among the n that move them most: the paper's stripes, as numbers.
 
     Args:
-        n: how many senders of a receiver count as its top.
         measure, position, when_active: see `top_senders`.
+        n: how many senders of a receiver count as its top.
 
     Returns:
         A row for each sender that reaches a receiver: `sender`, `receivers` (that it reaches), `in_top` (of how many it

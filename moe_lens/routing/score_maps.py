@@ -146,7 +146,7 @@ def mean_score_variance_maps(
         tokens, mask = model.tokens_and_mask(tokens, mask)
         queries, keys = _checked_pairs(query, key, real_tokens(tokens, mask))
         maps = torch.stack(_maps(model, _run(model, tokens, mask, queries, keys, receiver), receiver))
-        values = maps.double().cpu().movedim(1, 2)  # [map, layer, prompt, head]
+        values = maps.cpu().double().movedim(1, 2)  # [map, layer, prompt, head]
         present = torch.ones(len(tokens), shape[1], dtype=torch.bool)
         moments.add(values, present)
         moments.counted(present.sum(dim=0).double())
