@@ -212,7 +212,8 @@ def _maps(
     for layer in range(receiver + 1):
         block = attention_of(model, layer)
         read = head_values(block, reader.values[f"blocks.{layer}.attn.hook_v"][:, None])[:, 0]
-        folded = folded_output(block, readout.to(read.device))
+        # A cache may lie elsewhere than the model.
+        folded = folded_output(block, readout).to(read.device)
         scores = einsum(read, folded, "b head d_value, head d_value expert -> b head expert")
         weights = reader.values[f"blocks.{layer}.attn.hook_pattern"]
         attention[:, layer] = weights
