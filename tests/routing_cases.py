@@ -137,13 +137,13 @@ class Slow(NamedTuple):
             documents = [aligned(table, mask, row) for row in range(len(mask))] if by == "source" else []
             names = dict.fromkeys(name for d in documents for name in d) if by == "source" else table
             for name in names:
+                active = None if by == "source" else sender_active(values, name, mask)
                 for position in ("lead", "rest"):
                     for active_only in (False, True):
                         how = dict(active_only=active_only, skip_bos=skip)
                         if by == "source":
                             some = source_rows(documents, name, position, **how)
                         else:
-                            active = sender_active(values, name, mask)
                             some = document_rows(table[name], mask, position, active, **how)
                         rows.setdefault((name, position, active_only), []).extend(some)
         return {key: np.array(some) for key, some in rows.items()}
@@ -181,27 +181,31 @@ def assert_equals_the_slow_analysis(
         every = slow.document_rows(tables, got.by, source_axis=source_axis, skip_bos=skip_bos)
         assert every
         size = np.max([np.abs(rows).max(axis=0) for rows in every.values() if len(rows)], axis=0)
-        for (name, position, active), rows in every.items():
-            where, row = f"{name} at {receiver_name}, {position}, active={active}", names[name]
-            assert documents_with[position, active][row] == len(rows), where
-            compared += 1
-            for i, measure in enumerate(got.measures):
-                mean = means[measure, active][position][row, column]
-                error = errors[measure, active][position][row, column]
-                if not len(rows):
-                    assert np.isnan(mean), where
-                    assert np.isnan(error), where
-                    continue
-                expected = rows[:, i].mean()
-                if measure == "overlap":
-                    expected = 1 - expected
-                close = dict(rtol=2e-4, atol=1e-5 * max(size[i], 1e-6), err_msg=f"{measure} of {where}")
-                np.testing.assert_allclose(mean, expected, **close)
-                if len(rows) < 2:
-                    assert np.isnan(error), where
-                else:
-                    expected_error = rows[:, i].std(ddof=1) / np.sqrt(len(rows))
-                    np.testing.assert_allclose(error, expected_error, **close)
+        where = list(every)
+        compared += len(where)
+        n_documents = [documents_with[position, active][names[name]] for name, position, active in where]
+        assert n_documents == [len(every[key]) for key in where]
+        for i, measure in enumerate(got.measures):
+            cells = [(position, names[name], column) for name, position, _ in where]
+            mean = [means[measure, key[2]][p][row, c] for key, (p, row, c) in zip(where, cells, strict=True)]
+            error = [
+                errors[measure, key[2]][p][row, c] for key, (p, row, c) in zip(where, cells, strict=True)
+            ]
+            expected = np.array([every[key][:, i].mean() if len(every[key]) else np.nan for key in where])
+            expected_error = [
+                every[key][:, i].std(ddof=1) / np.sqrt(len(every[key])) if len(every[key]) > 1 else np.nan
+                for key in where
+            ]
+            if measure == "overlap":
+                expected = 1 - expected
+            # NaN where, and only where, no document (for errors, no second one) has the sender.
+            close = dict(rtol=2e-4, atol=1e-5 * max(size[i], 1e-6))
+            for found, wanted_value, what in ((mean, expected, ""), (error, expected_error, "error of ")):
+                wrong = np.flatnonzero(~np.isclose(found, wanted_value, equal_nan=True, **close))
+                assert not len(wrong), (
+                    f"{what}{measure} at {receiver_name}, {[where[w] for w in wrong[:3]]}: "
+                    f"{[(found[w], wanted_value[w]) for w in wrong[:3]]}"
+                )
         # Senders that come after the receiver have no value there.
         reached = {key[0] for key in every}
         for name, row in names.items():
