@@ -209,6 +209,30 @@ def test_the_check_sees_a_sender_left_out_or_twice(
             assert attrs.completeness_error <= 1e-5  # rounding takes up whatever is missing, and is bounded
 
 
+@pytest.mark.parametrize("by", GRANULARITIES[1:])
+def test_in_half_precision_each_single_part_is_missed(half: Callable[..., HookedMoE], by: str) -> None:
+    """One head, one expert, one neuron, one (head, source): rounding cannot be as much as it wrote.
+
+    Of sources, those that are attended to: what is hardly attended to is lost in rounding.
+    """
+    model = half("olmoe")
+    cache = cached_run(model, prompts(), by)
+    hook = {**INSIDE, "source": "blocks.1.attn.hook_pattern"}[by]
+    value, indices = cache[hook], cache.get("blocks.1.mlp.hook_expert_indices")
+    parts = {
+        "head": [(slice(None), slice(None), head) for head in range(4)],
+        "source": [(slice(None), head, slice(None), source) for head in range(4) for source in range(3)],
+        "neuron": [(..., neuron) for neuron in range(0, 32, 5)],
+    }
+    where = parts.get(by) or [indices == expert for expert in range(8)]
+    for part in where:
+        without = value.clone()
+        without[part] = 0
+        ratio = router_logit_attrs(model, {**cache, hook: without}, receiver=2, by=by).rounding_ratio
+        assert ratio is not None
+        assert ratio > 1, part
+
+
 @pytest.mark.parametrize("by", GRANULARITIES)
 def test_a_small_error_is_seen_in_float32(model_of: Load, by: str) -> None:
     model = model_of("olmoe")
