@@ -146,6 +146,7 @@ def _contributions(options: argparse.Namespace) -> int:
     from moe_lens.model.hooked_moe import HookedMoE
     from moe_lens.routing.contributions import routing_contributions
     from moe_lens.routing_page import write_contributions_page
+    from moe_lens.routing_page_data import routing_decisions
 
     # What can be known to be wrong is said before a model is read.
     experts = _experts(options.experts)
@@ -187,7 +188,8 @@ def _contributions(options: argparse.Namespace) -> int:
         top = result.top(last, n=5)
         named = ", ".join(f"{s} {v:.3g}" for s, v in zip(top["sender"], top["variance"], strict=True))
         print(f"by {by}: largest variance at {last}: {named}; sums close to {result.completeness_error:.1e}")
-    page = write_contributions_page(results, options.output / "index.html")
+    decisions = routing_decisions(model, corpus, receivers=options.receivers)
+    page = write_contributions_page(results, options.output / "index.html", routing=decisions)
     print(f"tables, results and page: {page.parent}")
     return 0 if all(result.completeness_error <= 1e-5 for result in results.values()) else 1
 

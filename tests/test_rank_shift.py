@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lens.routing.attribution import router_logit_attrs
-from moe_lens.routing.rank_shift import RankShift, choose, rank_shift, ranks
+from moe_lens.routing.rank_shift import RankShift, choice_of, rank_shift, ranks
 from moe_lens.routing.senders import GRANULARITIES
 from tests.families import FAMILIES, VARIANTS, prompts, variant_config
 from tests.reference import reference_run
@@ -50,7 +50,7 @@ def test_the_choice_is_the_family_s(model_of: Load, variant: str) -> None:
     # Ties between groups may be settled either way: there is no such rule to follow.
     for ties in (False, True) if model.cfg.router.n_groups == 1 else (False,):
         logits = some_logits(200, ties=ties)
-        chosen, weights = choose(logits.view(10, 20, 8), model.cfg.router)
+        chosen, weights, _ = choice_of(logits.view(10, 20, 8), model.cfg.router)
         assert chosen.shape == weights.shape == (10, 20, 8)
         for token, got, weight in zip(logits, chosen.view(-1, 8), weights.view(-1, 8), strict=True):
             assert got.nonzero()[:, 0].tolist() == sorted(chosen_experts(token.tolist(), config))
@@ -59,7 +59,7 @@ def test_the_choice_is_the_family_s(model_of: Load, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", [name for name, v in VARIANTS.items() if v.dtype == torch.float32])
 def test_the_choice_is_the_model_s(model_of: Load, variant: str) -> None:
-    """For the logits of a run, `choose` gives the experts and weights that the router applied."""
+    """For the logits of a run, `choice_of` gives the experts and weights that the router applied."""
     model = model_of(variant)
     points = [
         f"blocks.{layer}.mlp.{point}"
@@ -70,7 +70,7 @@ def test_the_choice_is_the_model_s(model_of: Load, variant: str) -> None:
         _, cache = model.run_with_cache(prompts(length=20)[0], names_filter=points)
     for layer in model.cfg.moe_layers:
         logits, indices, applied = (cache[f"blocks.{layer}.mlp.{p.split('.')[-1]}"] for p in points[:3])
-        chosen, weights = choose(logits, model.cfg.router)
+        chosen, weights, _ = choice_of(logits, model.cfg.router)
         expected = torch.zeros_like(logits).scatter_(-1, indices, applied)
         assert torch.equal(chosen, expected > 0)
         torch.testing.assert_close(weights, expected)
@@ -212,7 +212,7 @@ def test_near_equal_logits_are_ranked_by_logit_not_by_probability(model_of: Load
     router = model_of("mixtral").cfg.router
     logits = torch.tensor([0.0, 0.0, 0.0, 20.0, -40.0, -30.0, 1e-8, 0.0])
     assert torch.equal(logits.softmax(-1)[6], logits.softmax(-1)[0])
-    chosen, _ = choose(logits, router)
+    chosen = choice_of(logits, router).chosen
     assert chosen.nonzero()[:, 0].tolist() == [3, 6]
 
 
@@ -220,5 +220,5 @@ def test_a_config_without_groups_needs_none() -> None:
     config = SimpleNamespace(
         n_experts=8, top_k=2, n_groups=1, top_k_groups=1, renormalize=True, scaling_factor=1.0
     )
-    _, weights = choose(some_logits(5, ties=False), config)  # type: ignore[arg-type]
+    _, weights, _ = choice_of(some_logits(5, ties=False), config)  # type: ignore[arg-type]
     torch.testing.assert_close(weights.sum(-1), torch.ones(5))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import plotly.graph_objects as go
-from scipy.stats import spearmanr
 
 from moe_lens.plots.labels import label_points
 from moe_lens.plots.style import CATEGORIES, INK, Scale, fit_axis, lay_out, lay_out_chart, plus_minus
 from moe_lens.plots.values import check_by, check_log, of_tokens, table, unit, with_unit
+from moe_lens.routing.queries import RankCorrelation, variance_rank_correlation
 from moe_lens.routing.result import RoutingContributions
 
 
@@ -54,8 +52,7 @@ def rank_correlation(
     router = contributions.receivers[column]
     if np.isnan(variance).all():
         raise ValueError(f"{router} does not read {component}: name a receiver that comes after it")
-    if len(variance) < 3:
-        raise ValueError(f"{component} has {len(variance)} experts; a correlation needs three")
+    found = variance_rank_correlation(contributions, component, receiver, position)
     names = contributions.senders[run]
     hover = [
         f"{name}<br>variance {v}<br>AARV {a}"
@@ -76,7 +73,7 @@ def rank_correlation(
             hovertemplate="%{text}<extra></extra>",
         )
     )
-    title = f"Experts of {component} at the router of {router}: {_spearman(variance, aarv)}"
+    title = f"Experts of {component} at the router of {router}: {_spearman(found)}"
     subtitle = f"{of_tokens(position)}; {len(variance)} experts"
     lay_out(figure, title, with_unit("variance"), with_unit("aarv"), subtitle=subtitle)
     lay_out_chart(figure)
@@ -88,9 +85,8 @@ def rank_correlation(
     return figure
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> str:
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+def _spearman(found: RankCorrelation) -> str:
+    if np.isnan(found.rho):
         return "Spearman's ρ is undefined (one of them does not vary)"
-    result: Any = spearmanr(x, y)
-    rho, p = float(result.statistic), float(result.pvalue)
-    return f"Spearman's ρ = {rho:.3f}".replace("-", "−") + (", p < 0.001" if p < 0.001 else f", p = {p:.3f}")
+    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    return f"Spearman's ρ = {found.rho:.3f}".replace("-", "−") + f", {p}"

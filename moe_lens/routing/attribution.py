@@ -99,7 +99,8 @@ def router_logit_attrs(
     Args:
         model: the model that the cache is of; its router weights and norm gain are read, and for fine granularities
             the weights with which heads and neurons write.
-        cache: of a run with at least the hooks of `attribution_hooks`; with its batch axis and all positions.
+        cache: of a run with at least the hooks of `attribution_hooks`; with its batch axis and all positions. It may
+            be on another device than the model, where the scores are made.
         receiver: the MoE layer whose router is explained.
         by: how finely: `"layer"`, `"head"`, `"source"` (head and source token), `"expert"` or `"neuron"`.
 
@@ -115,7 +116,9 @@ def router_logit_attrs(
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-11.
     """
     check_receiver(model, receiver)
-    resid_mid, scale, router_logits = (cached(cache, name, 3) for name in receiver_hooks(receiver))
+    resid_mid, scale, router_logits = (
+        cached(cache, name, 3).to(model.cfg.device) for name in receiver_hooks(receiver)
+    )
     senders = senders_before(model.cfg, receiver, by, n_sources=resid_mid.shape[1])
     n_scores = len(senders) * resid_mid.shape[0] * resid_mid.shape[1] * model.cfg.n_experts
     if n_scores > DENSE_LIMIT:
@@ -126,7 +129,7 @@ def router_logit_attrs(
         )
     values = group_values(model, cache, senders, resid_mid.shape[:2])
 
-    readout = router_readout(model, receiver).to(resid_mid.device)
+    readout = router_readout(model, receiver)
     scores = [sender_scores(model, group, values, readout) for group in senders.groups]
     rounding_ratio = None
     if stream_rounds(resid_mid.dtype):
@@ -196,7 +199,7 @@ def group_values(
         for name in (*hooks_of(model, group), group.written_at):
             if name in values:
                 continue
-            value = values[name] = cached(cache, name)
+            value = values[name] = cached(cache, name).to(model.cfg.device)
             # The pattern's positions are its queries, and as many keys.
             places = (value.shape[0], *value.shape[2:]) if name.endswith("hook_pattern") else value.shape[:2]
             wanted = (

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.routing.decision import Decision
-from moe_lens.routing.rank_shift import choose, ranks
+from moe_lens.routing.rank_shift import choice_of, ranks
 
 
 def without_senders(decision: Decision, vectors: Float[Tensor, "sender d_model"]) -> pd.DataFrame:
@@ -28,12 +28,12 @@ def without_senders(decision: Decision, vectors: Float[Tensor, "sender d_model"]
     """
     expert, boundary = decision.expert, decision.boundary
     frozen = decision.logits - vectors @ decision.readout.T / decision.scale
-    chosen, weights = choose(frozen, decision.router)
+    chosen, weights, frozen_ranks = choice_of(frozen, decision.router)
     stream = decision.token.at_receiver("hook_resid_mid").float()
     logits, indices, slot_weights = decision.token.routed(stream - vectors)
     by_model = torch.zeros_like(logits).scatter_(-1, indices, slot_weights)
     quantities = {
-        "rank": (ranks(frozen)[:, expert], ranks(logits)[:, expert]),
+        "rank": (frozen_ranks[:, expert], ranks(logits)[:, expert]),
         "selected": (chosen[:, expert], (indices == expert).any(dim=-1)),
         "logit_difference": tuple(of[:, expert] - of[:, boundary] for of in (frozen, logits)),
         "weight": (weights[:, expert], by_model[:, expert]),

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lens.config import RouterConfig
 from moe_lens.model.moe import eligible_probabilities
 from moe_lens.routing.one_token import OneToken
-from moe_lens.routing.rank_shift import choose
+from moe_lens.routing.rank_shift import choice_of
 from moe_lens.routing.readout import router_readout
 from moe_lens.routing.rounding import stream_rounds
 
@@ -54,7 +54,7 @@ class Decision:
         if not bool(logits.isfinite().all()):
             raise ValueError(f"the router's logits at layer {token.receiver} hold values that are not finite")
         router = token.model.cfg.router
-        chosen, weights = choose(logits, router)
+        chosen, weights, _ = choice_of(logits, router)
         boundary = boundary_of(logits, expert, router) if against is None else against
         if boundary == expert:
             raise ValueError(f"expert {expert} cannot be compared with itself; against= another expert")
@@ -93,7 +93,7 @@ def boundary_of(logits: Float[Tensor, " expert"], expert: int, router: RouterCon
     Raises:
         ValueError: the router chooses all experts.
     """
-    chosen, _ = choose(logits, router)
+    chosen = choice_of(logits, router).chosen
     order = logits.argsort(descending=True, stable=True)
     if not bool(chosen[expert]):
         return int(order[chosen[order]][-1])

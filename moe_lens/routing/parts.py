@@ -22,7 +22,7 @@ from torch import Tensor
 from moe_lens.config import RouterConfig
 from moe_lens.routing.documents import POSITIONS
 from moe_lens.routing.measures import CHUNK, MEASURES, RANK_MEASURES, SCALE_POWERS, score_measures
-from moe_lens.routing.rank_shift import rank_shift
+from moe_lens.routing.rank_shift import Choice, rank_shift
 
 
 @dataclass
@@ -55,7 +55,8 @@ class Routed:
         n_documents: rows of the batch.
         scales: of every receiver.
         logits: every receiver's exact logits; None unless measures ask for them.
-        chosen: the experts that every receiver chose; None likewise.
+        choice: what every receiver makes of them; None likewise.
+        chosen: the experts that every receiver chose in the run; None likewise.
     """
 
     classes: dict[str, Bool[Tensor, " token"]]
@@ -63,6 +64,7 @@ class Routed:
     n_documents: int
     scales: Float[Tensor, "token receiver"]
     logits: Float[Tensor, "token receiver expert"] | None = None
+    choice: Choice | None = None
     chosen: Int[Tensor, "token receiver k"] | None = None
 
 
@@ -131,7 +133,9 @@ class Measuring:
         if not self.rank_shift:
             return measures
         assert routed.logits is not None
-        shift = rank_shift(routed.logits[rows.tokens, receivers], scores, self.router)
+        assert routed.choice is not None
+        before = Choice(*(of_all[rows.tokens, receivers] for of_all in routed.choice))
+        shift = rank_shift(routed.logits[rows.tokens, receivers], scores, self.router, before=before)
         # The overlap's complement, which is 0, as all measures are, where a sender writes nothing.
         shifts = torch.stack((shift.aarv, 1 - shift.overlap, shift.weight_change), dim=-2)
         return torch.cat((measures, shifts), dim=-2)

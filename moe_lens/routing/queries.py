@@ -267,7 +267,7 @@ def expert_variance_rank(
 
 class RankCorrelation(NamedTuple):
     """Attributes:
-    rho: Spearman's rank correlation.
+    rho: Spearman's rank correlation; NaN, like `p_value`, where one of the two does not vary.
     p_value: two-sided, of no association.
     n_experts: over how many.
     """
@@ -321,6 +321,8 @@ def variance_rank_correlation(
     there = ~np.isnan(variance) & ~np.isnan(aarv)
     if there.sum() < 3:
         raise ValueError(f"{int(there.sum())} experts of {component} were chosen; a correlation takes three")
+    if np.ptp(variance[there]) == 0 or np.ptp(aarv[there]) == 0:
+        return RankCorrelation(np.nan, np.nan, int(there.sum()))
     found = spearmanr(variance[there], aarv[there])
     return RankCorrelation(float(found.statistic), float(found.pvalue), int(there.sum()))  # type: ignore[union-attr]
 

@@ -42,11 +42,22 @@ def ranks(logits: Float[Tensor, "*place expert"]) -> Int[Tensor, "*place expert"
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def choose(
-    logits: Float[Tensor, "*place expert"], router: RouterConfig
-) -> tuple[Bool[Tensor, "*place expert"], Float[Tensor, "*place expert"]]:
-    """The experts that a router chooses for these logits, by its family's own rule, and the weights that it applies
-    to them, 0 for the others. Ties go to the lower index.
+class Choice(NamedTuple):
+    """What a router makes of logits.
+
+    Attributes:
+        chosen: which experts it chooses.
+        weights: as it applies them, 0 for the others.
+        ranks: of all experts by logit, as `ranks` gives them.
+    """
+
+    chosen: Bool[Tensor, "*place expert"]
+    weights: Float[Tensor, "*place expert"]
+    ranks: Int[Tensor, "*place expert"]
+
+
+def choice_of(logits: Float[Tensor, "*place expert"], router: RouterConfig) -> Choice:
+    """The experts that a router chooses for these logits, by its family's own rule. Ties go to the lower index.
 
     Args:
         logits: of all experts; their differences alone matter.
@@ -54,19 +65,26 @@ def choose(
     """
     flat = logits.reshape(1, -1, logits.shape[-1])
     probabilities = flat.float().softmax(dim=-1)
-    eligible = eligible_probabilities(probabilities, router) > -torch.inf
-    # Ranked by logit, not by probability: a small probability may have rounded to its neighbour's.
-    order = flat.masked_fill(~eligible, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    indices = order[..., : router.top_k]
+    places = ranks(flat)
+    ranked = places
+    if router.n_groups > 1:
+        eligible = eligible_probabilities(probabilities, router) > -torch.inf
+        ranked = ranks(flat.masked_fill(~eligible, -torch.inf))
+    # Chosen by rank of logits, not by probability: a small probability may have rounded to its neighbour's.
+    chosen = ranked <= router.top_k
+    indices = ranked.topk(router.top_k, dim=-1, largest=False).indices
     weights = torch.zeros_like(probabilities).scatter_(
         -1, indices, applied_weights(probabilities, indices, router)
     )
-    chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, indices, True)
-    return chosen.view(logits.shape), weights.view(logits.shape)
+    return Choice(chosen.view(logits.shape), weights.view(logits.shape), places.view(logits.shape))
 
 
 def rank_shift(
-    logits: Float[Tensor, "*place expert"], scores: Float[Tensor, "*place expert"], router: RouterConfig
+    logits: Float[Tensor, "*place expert"],
+    scores: Float[Tensor, "*place expert"],
+    router: RouterConfig,
+    *,
+    before: Choice | None = None,
 ) -> RankShift:
     """How ranks, choice and weights change when a sender's scores are taken away from the logits.
 
@@ -74,19 +92,18 @@ def rank_shift(
         logits: the router's exact logits (`RouterLogitAttrs.logits`), in logits.
         scores: what the sender adds to them, in logits; its shape broadcasts with theirs.
         router: the model's `cfg.router`.
+        before: `choice_of(logits, router)`, where it is at hand.
 
     Returns:
         AARV in ranks, overlap as a share, and the change in routing weights, each without the expert axis.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 13.
     """
-    logits, scores = torch.broadcast_tensors(logits, scores)
-    without = logits - scores
-    chosen_before, weights_before = choose(logits, router)
-    chosen_after, weights_after = choose(without, router)
-    moved = (ranks(logits) - ranks(without)).abs() * chosen_before
+    before = choice_of(logits, router) if before is None else before
+    after = choice_of(logits - scores, router)
+    moved = (before.ranks - after.ranks).abs() * before.chosen
     return RankShift(
         aarv=moved.sum(dim=-1).float() / router.top_k,
-        overlap=(chosen_before & chosen_after).sum(dim=-1).float() / router.top_k,
-        weight_change=(weights_before - weights_after).abs().sum(dim=-1),
+        overlap=(before.chosen & after.chosen).sum(dim=-1).float() / router.top_k,
+        weight_change=(before.weights - after.weights).abs().sum(dim=-1),
     )

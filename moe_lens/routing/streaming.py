@@ -22,6 +22,7 @@ from moe_lens.routing.components import ComponentReader, Read
 from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments, position_classes, real_tokens
 from moe_lens.routing.measures import normalised_lengths
 from moe_lens.routing.parts import DocumentSums, Measuring, Part, Readouts, Routed, TokenPart
+from moe_lens.routing.rank_shift import choice_of
 from moe_lens.routing.readout import check_receiver, stacked_readouts
 from moe_lens.routing.rounding import StreamSum, stream_rounds
 from moe_lens.routing.senders import (
@@ -212,6 +213,7 @@ class ContributionAccumulator:
             RuntimeError: not exactly one was.
             ValueError: a score is not finite, or a document is longer than `max_positions`; nothing is added.
         """
+        tokens = tokens.to(self.model.cfg.device)
         batch = _Pass(self, tokens, real_tokens(tokens, mask))
         with self.model.hooks(batch.hooks()):
             yield
@@ -359,6 +361,7 @@ class _Pass:
         routed = Routed(self.classes, documents, len(self.real), scales.masked_fill(~real[:, None], 1.0))
         if owner.measuring.rank_shift:
             routed.logits = torch.stack(self.logits, dim=1) / scales[..., None]
+            routed.choice = choice_of(routed.logits, owner.model.cfg.router)
         if owner.measuring.selected:
             routed.chosen = torch.stack(self.chosen, dim=1)
         for by, tally in owner.tallies.items():
