@@ -330,6 +330,7 @@ class _Pass:
             scores = rounding @ readouts.flat.T
             self.got[by] = self.got[by] + scores[self.checked[by]]
             self.roundings[by].append((scores, normalised_lengths(rounding, readouts.gains)[:, 0]))
+            self.finite &= bool(self.got[by].isfinite().all())
             ratio = so_far.rounding_ratio(stream, self.real)
             self.ratios[by] = max(self.ratios.get(by, 0.0), ratio)
 
