@@ -77,7 +77,6 @@ def test_equality_of_large_ones_makes_no_names(large: MoEConfig, monkeypatch: py
     one, other = senders_before(large, 15, "neuron"), senders_before(large, 15, "neuron")
     monkeypatch.setattr(Names, "name", lambda self, index: pytest.fail("a name was made"))
     assert one == other
-    assert hash(one) == hash(other)
     assert one != senders_before(large, 14, "neuron")
     assert len(one) > 800_000
 

@@ -28,8 +28,10 @@ def test_outputs_are_cleared(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, tmp_path: Path) -> None:
+def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell, in a kernel of its own; the figures are drawn, and nothing is written beside the notebook."""
+    # As in conftest.py: for so small a model, a second thread only waits.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     NotebookClient(

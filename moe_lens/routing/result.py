@@ -214,6 +214,8 @@ class RoutingContributions:
         Raises:
             ValueError: they are of different models, settings or versions, or of the same tokens.
         """
+        if not isinstance(other, RoutingContributions):
+            return NotImplemented
         for name in ("by", "senders", "receivers", "measures"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(

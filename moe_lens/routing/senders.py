@@ -136,26 +136,25 @@ class Senders(Sequence[str]):
             return self.groups == other.groups
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
-    def __hash__(self) -> int:
-        return hash(self.groups)
+    # Equal to any sequence of the same names, and so without a hash of its own.
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         shown = list(self[: min(len(self), 4)])
         return f"<{len(self)} senders: {', '.join(shown)}{', ...' if len(self) > 4 else ''}>"
 
     def index(self, value: str, start: int = 0, stop: int | None = None) -> int:
-        """The place of a sender.
+        """The place of a sender, between `start` and `stop` where they are given.
 
         Raises:
             ValueError: there is no such sender; some that there are, are named.
         """
-        for group, group_start in zip(self.groups, self._starts, strict=False):
-            offset = group_start
-            for run in group.names:
-                place = run.find(value)
-                if place is not None:
-                    return offset + place
-                offset += run.count
+        offset = 0
+        for run in (run for group in self.groups for run in group.names):
+            place = run.find(value)
+            if place is not None and offset + place in range(len(self))[start:stop]:
+                return offset + place
+            offset += run.count
         raise ValueError(f"there is no sender {value!r}; there are {self._examples}")
 
     def __contains__(self, value: object) -> bool:
