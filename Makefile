@@ -28,6 +28,7 @@ package: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/contributions.py
 	$(BIN)/python benchmarks/load_memory.py
 
 # torch first and pinned, so that nothing pulls another build of it.
