@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -106,14 +107,14 @@ def read_jsonl(path: str | Path, *, text_field: str = "text") -> list[Document]:
 
 
 def read_text(path: str | Path) -> list[Document]:
-    """A plain text file as documents: one for each paragraph, which empty lines divide.
+    """A plain text file as documents: one for each paragraph, which empty lines divide, spaces in them or not.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it holds no text, or is not UTF-8.
     """
     path = Path(path)
-    paragraphs = [p.strip() for p in _decoded(path, "text file").split("\n\n")]
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", _decoded(path, "text file"))]
     documents = [
         Document(f"{path.name}#{number}", path.name, paragraph)
         for number, paragraph in enumerate((p for p in paragraphs if p), start=1)
@@ -435,6 +436,33 @@ def _measured_rows(
             row = rows.get(document.name, torch.empty(0, dtype=torch.long))
             yield _Measured(position, document, row[:longest].clone(), len(row))
             position += 1
+
+
+def refuse_bare_pair(batches: Any) -> None:
+    """Refuse one batch `(tokens, mask, ...)` where an iterable of batches is wanted, which would take the mask for
+    documents. Anything else passes.
+
+    Args:
+        batches: as given by the caller; nothing is taken from an iterator.
+
+    Raises:
+        ValueError: a tuple that begins with tokens and their mask: None, booleans, or nothing but 0 and 1 in the
+            tokens' shape. Of a list, only booleans are known not to be tokens.
+    """
+    if not isinstance(batches, (tuple, list)) or len(batches) < 2 or not isinstance(batches[0], Tensor):
+        return
+    tokens, second = batches[:2]
+    bare = isinstance(batches, tuple)
+    if isinstance(second, Tensor):
+        is_mask = second.dtype == torch.bool or (bare and bool(((second == 0) | (second == 1)).all()))
+        bare = second.shape == tokens.shape and is_mask
+    else:
+        bare = bare and second is None
+    if bare:
+        raise ValueError(
+            "a pair of tokens and mask is one batch, and batches are wanted, of which its mask would be the second: "
+            "give [(tokens, mask)]"
+        )
 
 
 def bos_by_default(model: HookedMoE) -> bool | None:

@@ -18,6 +18,7 @@ from moe_lens.corpus import (
     read_documents,
     read_jsonl,
     read_text,
+    refuse_bare_pair,
     select_documents,
     token_batches,
 )
@@ -406,3 +407,37 @@ def test_reading_json_lines(tmp_path: Path) -> None:
             read_jsonl(path)
     with pytest.raises(FileNotFoundError, match=r"absent.jsonl"):
         read_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_a_bare_pair_of_tokens_and_mask_is_no_list_of_batches() -> None:
+    tokens = torch.tensor([[5, 9, 1], [7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    for bare in (
+        (tokens, mask),
+        (tokens, mask.bool()),
+        (tokens, mask, "documents"),
+        (tokens, None),
+        [tokens, mask.bool()],
+    ):
+        with pytest.raises(ValueError, match=r"give \[\(tokens, mask\)\]"):
+            refuse_bare_pair(bare)
+    batches = iter([(tokens, mask)])
+    for fine in (
+        [(tokens, mask)],
+        ((tokens, mask),),
+        (tokens, tokens),
+        (tokens, mask[:1]),
+        [tokens, mask],  # two batches of tokens, as far as can be told
+        tokens,
+        batches,
+        ["a text"],
+        [],
+    ):
+        refuse_bare_pair(fine)
+    assert list(batches) == [(tokens, mask)]
+
+
+def test_lines_of_spaces_divide_paragraphs_too(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    path.write_text("one\nline more\n \t \ntwo\n\n   \n\n  three  \n")
+    assert [document.text for document in read_text(path)] == ["one\nline more", "two", "three"]
