@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_lens import HookedMoE
 from moe_lens.routing.decision import boundary_of
 from moe_lens.routing.explain import Explanation, explain
+from moe_lens.routing.explanation import PresentSender, explanation_of
 from moe_lens.routing.senders import GRANULARITIES, ROUNDING
 from tests.families import prompts
 from tests.reference import reference_run
@@ -368,6 +369,166 @@ def test_verify_takes_one_several_or_all(model_of: Callable[[str], Any]) -> None
         got.verify([])
 
 
+@pytest.mark.parametrize(
+    ("point", "edit"),
+    [
+        ("mlp.hook_router_logits", lambda value, hook: plus(value, (0, 4, 0), 5.0)),
+        ("mlp.hook_router_logits", lambda value, hook: plus(value, (0, 7, 0), 5.0)),
+        ("mlp.hook_expert_indices", lambda value, hook: torch.arange(value.shape[-1]).expand_as(value)),
+        ("mlp.hook_expert_indices", lambda value, hook: 7 - torch.arange(value.shape[-1]).expand_as(value)),
+        ("ln2.hook_normalized", lambda value, hook: plus(value, (0, 7), 1.0)),
+        ("mlp.hook_expert_weights", lambda value, hook: 0 * value),
+    ],
+)
+def test_hooks_do_not_act_in_the_recompute(
+    model_of: Callable[[str], Any], point: str, edit: Callable[..., Tensor]
+) -> None:
+    """Streams are no positions: a hook that edits one of those must not edit one of the streams."""
+    model = model_of("olmoe")
+    tokens, _ = one_text()
+    for by in ("layer", "expert"):
+        plain = explain(model, tokens, 4, 2, 0, by)
+        with model.hooks([(f"blocks.2.{point}", edit)]):
+            got = explain(model, tokens, 4, 2, 0, by)
+            under_hooks, one = got.verify(), got.verify("M1" if by == "layer" else "embed")
+        for table in (under_hooks, got.verify()):
+            pd.testing.assert_frame_equal(table, plain.verify())
+        same = under_hooks[under_hooks["sender"].isin(one["sender"])].reset_index(drop=True)
+        pd.testing.assert_frame_equal(one, same, atol=1e-5)
+
+
+def plus(value: Tensor, place: tuple[int, ...], amount: float) -> Tensor:
+    value = value.clone()
+    value[place] += amount
+    return value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_recompute_is_the_model_s_own_arithmetic(
+    checkpoint: Callable[[str], Path], variant: str, dtype: torch.dtype
+) -> None:
+    """Of the stream as it is: the logits, the choice and the weights of the run."""
+    model = HookedMoE.from_pretrained(checkpoint(variant), dtype=dtype, verbose=False)
+    router = last_router(model)
+    token = at_text(model, router, 0)._decision.token
+    stream = token.at_receiver("hook_resid_mid").float()
+    logits, chosen, weights = token.routed(stream[None].repeat(3, 1))
+    of_run = hooked_run(model, router, torch.zeros_like(stream))
+    tolerance = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    size = float(of_run[0].abs().max())
+    for row in range(3):
+        torch.testing.assert_close(logits[row], of_run[0], atol=tolerance * size, rtol=0)
+        if len(set(logits[row].tolist())) == len(logits[row]):  # in half precision, two may tie
+            assert chosen[row].nonzero()[:, 0].tolist() == sorted(of_run[1])
+            for expert, weight in of_run[2].items():
+                assert float(weights[row, expert]) == pytest.approx(weight, rel=4 * tolerance)
+        assert (weights[row] > 0).equal(chosen[row])
+        as_applied = torch.float32 if model.cfg.router.float32_weights else dtype
+        assert weights[row].to(as_applied).float().equal(weights[row])
+
+
+def test_weights_changed_since_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    model = HookedMoE.from_pretrained(checkpoint("olmoe"), verbose=False)
+    got = at_text(model, 2, 3)
+    got.drill("M1"), got.verify("M1")
+    output = model.blocks[0].attn.o_proj
+    with torch.no_grad():
+        output.weight.mul_(2)
+    for read in (lambda: got.drill("M1"), lambda: got.verify("M1")):
+        with pytest.raises(ValueError, match="weights have been changed since this was explained"):
+            read()
+    again = at_text(model, 2, 3)
+    assert again.drill("A0").closes
+    output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    with pytest.raises(ValueError, match="weights have been changed"):
+        again.drill("A0")
+    with torch.inference_mode():
+        output.weight = torch.nn.Parameter(output.weight.clone(), requires_grad=False)
+    assert at_text(model, 2, 3).drill("A0").closes
+
+
+# ---- sums that do not close ----
+
+
+def test_a_stream_that_was_edited_is_said(checkpoint: Callable[[str], Path]) -> None:
+    model = HookedMoE.from_pretrained(checkpoint("olmoe"), dtype=torch.float32, verbose=False)
+    good = at_text(model, 2, 3)
+    assert good.closes
+    assert "do not add up" not in good.summary() + repr(good)
+    with model.hooks([("blocks.1.hook_resid_pre", lambda value, hook: 1.5 * value)]):
+        got = at_text(model, 2, 3)
+    assert got.completeness_error > 1e-4
+    assert not got.closes
+    assert "The senders do not add up to the stream: they miss" in got.summary()
+    assert repr(got).endswith("senders, which do not add up>")
+    with model.hooks([("blocks.1.hook_attn_out", lambda value, hook: 1.5 * value)]):
+        whole = at_text(model, 2, 3)
+    parts = whole.drill("A1")
+    assert whole.closes
+    assert not parts.closes
+    assert "The parts do not add up to what A1 wrote: they miss" in parts.summary()
+    assert not replace(good, completeness_error=float("nan")).closes
+
+
+def test_a_half_precision_stream_that_was_replaced_is_said(checkpoint: Callable[[str], Path]) -> None:
+    """Its sums close whatever it holds: `rounding` takes all the rest, and is too large for one."""
+    model = HookedMoE.from_pretrained(checkpoint("olmoe"), dtype=torch.bfloat16, verbose=False)
+    good = at_text(model, 2, 3)
+    assert good.closes
+    assert "do not add up" not in good.summary() + repr(good)
+    with model.hooks([("blocks.1.hook_resid_pre", lambda value, hook: torch.randn_like(value))]):
+        got = at_text(model, 2, 3)
+    assert got.completeness_error <= 1e-4
+    assert got.rounding_ratio is not None
+    assert got.rounding_ratio > 1
+    assert not got.closes
+    assert f"what is missing is {got.rounding_ratio:.2g} times the most that rounding can be" in got.summary()
+    assert "do not add up" in repr(got)
+
+
+def test_completeness_is_of_both_experts_and_their_difference(model_of: Callable[[str], Any]) -> None:
+    """What is missing from both alike does not show in the difference."""
+    decision = at_text(model_of("olmoe"), 2, 3)._decision
+    group = decision.token.groups("layer")[0]
+    scores = torch.tensor([[1.0, 2.0, -1.0]])
+    largest = float(decision.logits.abs().max())
+    for missing in ([0.5, 0.5, 0.0], [0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]):
+        got = explanation_of(
+            decision,
+            [PresentSender("embed", group, 0)],
+            scores=scores,
+            wanted=scores[0] + torch.tensor(missing),
+            rounding=None,
+            rounding_ratio=None,
+            by="layer",
+            of=None,
+            n_absent=0,
+            tokens=("a",) * 8,
+        )
+        assert got.completeness_error == pytest.approx(0.5 / largest)
+        assert not got.closes
+
+
+@pytest.mark.parametrize("column", [0, 7])
+def test_a_pattern_that_sees_the_unseen_has_no_sources(model_of: Callable[[str], Any], column: int) -> None:
+    """Padding (column 0), and what comes after the token (column 7)."""
+    model = model_of("olmoe")
+
+    def attend(value: Tensor, hook: Any) -> Tensor:
+        return plus(value, (0, 1, POS, column), 0.25)
+
+    said = rf"in layer 1 the token at 5 attends to positions {column}, which come after it or are padding"
+    with model.hooks([("blocks.1.attn.hook_pattern", attend)]):
+        with pytest.raises(ValueError, match=said):
+            at_text(model, 2, 3, "source")
+        heads = at_text(model, 2, 3, "head")
+    assert heads.closes  # what a head wrote is what it read, wherever
+    with pytest.raises(ValueError, match=said):
+        heads.drill("A1H1")
+    assert heads.drill("A0H1").closes
+
+
 # ---- the boundary ----
 
 
@@ -475,8 +636,13 @@ def test_table_and_summary(model_of: Callable[[str], Any]) -> None:
         table["contribution"], table["expert_score"] - table["boundary_score"], atol=1e-5
     )
     assert got.table(2).equals(table.head(2))
-    with pytest.raises(ValueError, match="n=0 must be positive"):
-        got.table(0)
+    assert got.table(np.int64(2)).equals(table.head(2))  # type: ignore[arg-type]
+    for wanted in (got.table, got.waterfall):
+        with pytest.raises(ValueError, match="n=0 must be positive"):
+            wanted(0)
+        for wrong in (2.5, 2.0, True, "2"):
+            with pytest.raises(TypeError, match=f"n={wrong!r} must be a positive integer"):
+                wanted(wrong)  # type: ignore[arg-type]
 
     text = got.summary()
     assert f"At token {got.pos} ({got.token!r}) the router of layer 2" in text
@@ -485,7 +651,10 @@ def test_table_and_summary(model_of: Callable[[str], Any]) -> None:
     assert f"expert {got.boundary} (rank {got.boundary_rank})" in text
     largest = table.iloc[0]
     assert f"{largest['sender']} ({largest['contribution']:+.3f})" in text
-    assert "made up 80% of all pushing" in text
+    shares = np.sort(np.abs(got.contributions))[::-1].cumsum() / np.abs(got.contributions).sum()
+    fewest = next(n for n, share in enumerate(shares, start=1) if share >= 0.8)
+    assert 1 < fewest < len(got.senders)
+    assert f"{fewest} senders of {len(got.senders)} made up 80% of all pushing, either way." in text
     assert ("with routing weight" in text) == got.selected
     drilled = got.drill("A1")
     assert f"A1 adds {drilled.margin:+.3f} to the difference" in drilled.summary()

@@ -7,7 +7,6 @@ ablation of scores is the frozen one.
 from __future__ import annotations
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,19 +23,18 @@ def without_senders(decision: Decision, vectors: Float[Tensor, "sender d_model"]
     Returns:
         A row for each: `rank`, `selected`, `logit_difference` (logits) and `weight` of the expert, `_frozen` (scores
         taken from the exact logits) and `_recomputed` (the vector taken from the stream before the norm, in the model's
-        dtype), and `_gap`, the second less the first.
+        dtype, without the hooks that the model carries), and `_gap`, the second less the first.
     """
     expert, boundary = decision.expert, decision.boundary
     frozen = decision.logits - vectors @ decision.readout.T / decision.scale
     chosen, weights, frozen_ranks = choice_of(frozen, decision.router)
     stream = decision.token.at_receiver("hook_resid_mid").float()
-    logits, indices, slot_weights = decision.token.routed(stream - vectors)
-    by_model = torch.zeros_like(logits).scatter_(-1, indices, slot_weights)
+    logits, chosen_again, weights_again = decision.token.routed(stream - vectors)
     quantities = {
         "rank": (frozen_ranks[:, expert], ranks(logits)[:, expert]),
-        "selected": (chosen[:, expert], (indices == expert).any(dim=-1)),
+        "selected": (chosen[:, expert], chosen_again[:, expert]),
         "logit_difference": tuple(of[:, expert] - of[:, boundary] for of in (frozen, logits)),
-        "weight": (weights[:, expert], by_model[:, expert]),
+        "weight": (weights[:, expert], weights_again[:, expert]),
     }
     columns = {}
     for name, (without, recomputed) in quantities.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routing.arguments import few
 from moe_lens.routing.decision import Decision
 from moe_lens.routing.explanation import Explanation, PresentSender, explanation_of
 from moe_lens.routing.one_token import OneToken
@@ -58,7 +58,8 @@ def explain(
 
     Raises:
         ValueError: not one text; no such position, or padding there; no MoE layer, expert or granularity; a router
-            that chooses all its experts, so that nothing is left out; logits that are not finite.
+            that chooses all its experts, so that nothing is left out; logits that are not finite; by source, a hook
+            that has the token attend to what it cannot see.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-11.
     """
@@ -76,7 +77,7 @@ def explain(
     column = _column(pos, strings)
     if mask is not None and not bool(mask[0, column]):
         real = mask[0].nonzero()[:, 0].tolist()
-        raise ValueError(f"position {column} is padding; real tokens are at {_some(real)}")
+        raise ValueError(f"position {column} is padding; real tokens are at {few(real)}")
 
     token = OneToken.run(model, tokens, mask, router, column)
     decision = Decision.of(token, expert, against)
@@ -117,8 +118,8 @@ def _column(pos: int | str, tokens: tuple[str, ...]) -> int:
         if len(same) == 1:
             return same[0]
         if same:
-            raise ValueError(f"the token {pos!r} occurs at positions {_some(same)}; give one of them")
-        raise ValueError(f"there is no token {pos!r}; the tokens are {_some(tokens)}")
+            raise ValueError(f"the token {pos!r} occurs at positions {few(same)}; give one of them")
+        raise ValueError(f"there is no token {pos!r}; the tokens are {few([*map(repr, tokens)])}")
     try:
         column = None if isinstance(pos, (bool, np.bool_)) else operator.index(pos)
     except TypeError:
@@ -126,7 +127,3 @@ def _column(pos: int | str, tokens: tuple[str, ...]) -> int:
     if column is None or not -len(tokens) <= column < len(tokens):
         raise ValueError(f"there is no position {pos!r} among the {len(tokens)} tokens")
     return column % len(tokens)
-
-
-def _some(items: Sequence[object]) -> str:
-    return ", ".join(map(repr, items[:20])) + (", ..." if len(items) > 20 else "")

@@ -25,18 +25,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.routing.arguments import few, positive_integer
 from moe_lens.routing.counterfactuals import without_senders
 from moe_lens.routing.decision import Decision
 from moe_lens.routing.explanation_text import summary_of
 from moe_lens.routing.rank_shift import ranks
-from moe_lens.routing.rounding import unit_roundoff
+from moe_lens.routing.rounding import rounding_bound, unit_roundoff
 from moe_lens.routing.senders import ROUNDING, SenderGroup
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _AT_ONCE = 256
-_TINY = torch.finfo(torch.float16).tiny
+MOST_ERROR = 1e-4
+"""The largest completeness error of senders that add up."""
 
 
 class PresentSender(NamedTuple):
@@ -107,12 +109,20 @@ class Explanation:
     def __repr__(self) -> str:
         what = f"{self.of} in " if self.of else ""
         decision = "chosen" if self.selected else "left out"
+        open_sum = "" if self.closes else ", which do not add up"
         return (
             f"<Explanation by {self.by}: {what}expert {self.expert} {decision} by the router of layer {self.router} "
-            f"at token {self.pos} ({self.token!r}), {self.margin:+.3f} logits of {len(self.senders)} senders>"
+            f"at token {self.pos} ({self.token!r}), {self.margin:+.3f} logits of {len(self.senders)} senders{open_sum}>"
         )
 
     # ---- reading ----
+
+    @property
+    def closes(self) -> bool:
+        """Whether the scores sum to what they should: `completeness_error` is at most 1e-4, and in half precision
+        `rounding_ratio` at most 1. Otherwise the stream holds what none of the senders wrote, and `summary` says so."""
+        rounds = self.rounding_ratio is None or self.rounding_ratio <= 1
+        return rounds and self.completeness_error <= MOST_ERROR
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -136,10 +146,10 @@ class Explanation:
             sources, `source_token` after the name.
 
         Raises:
+            TypeError: n is no integer.
             ValueError: n is not positive.
         """
-        if n is not None and n < 1:
-            raise ValueError(f"n={n} must be positive")
+        n = None if n is None else positive_integer(n, "n")
         order = np.argsort(-np.abs(self.contributions), kind="stable")
         sizes = np.abs(self.contributions[order])
         shares = sizes / (sizes.sum() or 1.0)
@@ -168,15 +178,25 @@ class Explanation:
 
         Args:
             n: how many senders have a step of their own.
+
+        Raises:
+            TypeError: n is no integer.
+            ValueError: n is not positive.
         """
         from moe_lens.plots.waterfall import waterfall
 
+        n = positive_integer(n, "n")
         what = f"{self.of}: expert" if self.of else "Expert"
         title = (
             f"{what} {self.expert} against {self.boundary}, router of layer {self.router}, token {self.pos}"
         )
         return waterfall(
-            list(self.labels), self.contributions.tolist(), total=self.margin, title=title, unit="logits", n=n
+            list(self.labels),
+            self.contributions.tolist(),
+            total=self.margin,
+            title=title,
+            unit="logits",
+            n=n,
         )
 
     # ---- dividing further ----
@@ -194,14 +214,16 @@ class Explanation:
             An explanation whose `margin` is the sender's contribution.
 
         Raises:
-            ValueError: no such sender here, or one that has no parts; those that can be divided are named.
+            ValueError: no such sender here, or one that has no parts; those that can be divided are named. Weights
+                that were changed since the run; a hook had the token attend to what it cannot see.
         """
+        self._decision.token.check_weights()
         parent = self._senders[self._index(sender)]
         finer = self._parts_of(parent)
         if finer is None or parent.group is None:
             divisible = [s.name for s in self._senders if self._parts_of(s) is not None]
             named = (
-                f"what can be divided here: {_few(divisible)}" if divisible else "nothing here can be divided"
+                f"what can be divided here: {few(divisible)}" if divisible else "nothing here can be divided"
             )
             raise ValueError(f"{sender!r} has no parts; {named}")
         by, prefix = finer
@@ -219,7 +241,7 @@ class Explanation:
             rounding = vector - token.vectors(group, places).sum(dim=0)
             sizes = token.written(group)[1]
             assert sizes is not None
-            most = 2 * unit_roundoff(token.model.cfg.dtype) * (sizes[0, 0] + _TINY)
+            most = rounding_bound(sizes[0, 0], unit_roundoff(token.model.cfg.dtype))
             ratio = float((rounding.abs() / most).max())
         n_parts = {"whole": len(group), "heads": token.n_columns}.get(parent.group.kind, len(parts))
         return explanation_of(
@@ -259,7 +281,7 @@ class Explanation:
         if sender in self._places:
             return self._places[sender]
         raise ValueError(
-            f"there is no sender {sender!r} here; there are {_few(self.senders)} (an expert that the token did not "
+            f"there is no sender {sender!r} here; there are {few(self.senders)} (an expert that the token did not "
             f"choose, or a source that it cannot see, is zero and not listed)"
         )
 
@@ -274,8 +296,9 @@ class Explanation:
 
         *recomputed*: the sender's vector is taken from the stream at this token just before the router's norm, and
         norm and router are run again as the model runs them, in its dtype. The stream then has another length, so
-        another scale divides all that is left. Neither has what the sender did to the components in between: they
-        wrote what they wrote.
+        another scale divides all that is left. Hooks that the model carries do not act in this: what they did to the
+        stream in the explained run is in it, but an edit of the scale, the logits or the choice is not repeated.
+        Neither way has what the sender did to the components in between: they wrote what they wrote.
 
         Args:
             sender: one of `senders`, several, or None for all.
@@ -286,10 +309,11 @@ class Explanation:
             `selected`, `_gap`, the second less the first. In half precision the gap also holds what the gate rounds.
 
         Raises:
-            ValueError: no such sender here, or none.
+            ValueError: no such sender here, or none; weights that were changed since the run.
 
         Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", section 7.2.
         """
+        self._decision.token.check_weights()
         names = [sender] if isinstance(sender, str) else list(self.senders if sender is None else sender)
         if not names:
             raise ValueError("there is no sender to verify: the list is empty")
@@ -367,7 +391,3 @@ def explanation_of(
         _senders=tuple(senders),
         _rounding=rounding,
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

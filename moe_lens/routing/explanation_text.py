@@ -28,7 +28,7 @@ def summary_of(explanation: Explanation, decision: Decision) -> str:
         lines.append(
             f"{explanation.of} adds {explanation.margin:+.3f} to the difference; what follows are its parts."
         )
-    return "\n".join([*lines, *_about_senders(explanation)])
+    return "\n".join([*lines, *_about_senders(explanation), *_about_sums(explanation)])
 
 
 def _about_decision(explanation: Explanation, decision: Decision) -> list[str]:
@@ -96,6 +96,23 @@ def _about_senders(explanation: Explanation) -> list[str]:
             f"it cannot see, they are zero."
         )
     return lines
+
+
+def _about_sums(explanation: Explanation) -> list[str]:
+    """That what was listed is not all there is, where it is not."""
+    if explanation.closes:
+        return []
+    if explanation.of is None:
+        what, where = "The senders do not add up to the stream", "the stream"
+    else:
+        what, where = f"The parts do not add up to what {explanation.of} wrote", "it or one of them"
+    missing = f"they miss {explanation.completeness_error:.2g} of the largest logit"
+    if explanation.rounding_ratio is not None and not explanation.rounding_ratio <= 1:
+        missing = f"what is missing is {explanation.rounding_ratio:.2g} times the most that rounding can be"
+    return [
+        f"{what}: {missing}. A hook has edited {where}, or something else was written, and the contributions are not "
+        f"the whole of the decision."
+    ]
 
 
 def _senders(n: int) -> str:

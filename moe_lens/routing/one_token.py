@@ -19,7 +19,10 @@ from torch import Tensor
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.moe import MoE
+from moe_lens.model.norm import RMSNorm, rms_norm
+from moe_lens.routing.arguments import few
 from moe_lens.routing.attribution import attribution_hooks
+from moe_lens.routing.rank_shift import choice_of
 from moe_lens.routing.rounding import StreamSum
 from moe_lens.routing.senders import GRANULARITIES, SenderGroup, senders_before
 from moe_lens.routing.writes import (
@@ -46,6 +49,7 @@ class OneToken:
         pos: the column.
         n_columns: of the batch.
         sources: the columns that the query can see: real ones up to itself.
+        weights: which weights ran, for `check_weights`.
     """
 
     model: HookedMoE
@@ -54,6 +58,7 @@ class OneToken:
     pos: int
     n_columns: int
     sources: tuple[int, ...]
+    weights: tuple[tuple[int, int], ...]
 
     @classmethod
     def run(
@@ -86,7 +91,19 @@ class OneToken:
             )
         real = torch.ones_like(tokens[0], dtype=torch.bool) if mask is None else mask[0]
         sources = tuple(real[: pos + 1].nonzero()[:, 0].tolist())
-        return cls(model, values, receiver, pos, tokens.shape[1], sources)
+        return cls(model, values, receiver, pos, tokens.shape[1], sources, _versions(model))
+
+    def check_weights(self) -> None:
+        """Raise where the model's weights are no longer those that ran, as far as torch counts their changes.
+
+        Raises:
+            ValueError: they were changed in place, or replaced.
+        """
+        if _versions(self.model) != self.weights:
+            raise ValueError(
+                "the model's weights have been changed since this was explained, and they would be read again; explain "
+                "it anew"
+            )
 
     def at_receiver(self, point: str) -> Tensor:
         """A hook value inside the router's block, without its batch and position axes."""
@@ -108,12 +125,26 @@ class OneToken:
         slots = sorted(range(len(experts)), key=experts.__getitem__)
         return [experts[slot] for slot in slots], slots
 
+    def _check_pattern(self, group: SenderGroup) -> None:
+        """Raise where a hook has given weight to sources that are not listed."""
+        unseen = torch.ones(self.n_columns, dtype=torch.bool)
+        unseen[list(self.sources)] = False
+        weights = GroupValues(group, self.values).at("hook_pattern")[0, :, 0]
+        attended = (weights != 0).any(dim=0).cpu() & unseen
+        if bool(attended.any()):
+            columns = few(attended.nonzero()[:, 0].tolist())
+            raise ValueError(
+                f"in layer {group.layer} the token at {self.pos} attends to positions {columns}, which come after it "
+                f"or are padding: a hook has edited the pattern, and so it cannot be divided by source"
+            )
+
     def present(self, group: SenderGroup) -> list[int]:
         """Which of a group's senders there are at this token, in order."""
         everything = range(len(group))
         n_first = group.names[0].count
         match group.kind:
             case "sources":
+                self._check_pattern(group)
                 heads = range(n_first // self.n_columns)
                 seen = [head * self.n_columns + source for head in heads for source in self.sources]
             case "experts":
@@ -239,20 +270,28 @@ class OneToken:
 
     def routed(
         self, streams: Float[Tensor, "stream d_model"]
-    ) -> tuple[Float[Tensor, "stream expert"], Int[Tensor, "stream k"], Float[Tensor, "stream k"]]:
-        """What the model's own norm and router make of streams at this token, in the model's dtype: logits, chosen
-        experts, and weights as applied. Both act on each token by itself, so no other layer need run."""
-        block = self.model.blocks[self.receiver]
-        logits: list[Tensor] = []
+    ) -> tuple[Float[Tensor, "stream expert"], Bool[Tensor, "stream expert"], Float[Tensor, "stream expert"]]:
+        """What the model's own norm and router make of streams at this token, in the model's dtype: logits, which
+        experts are chosen, and weights as applied, 0 for the others. Both act on each token by itself, so no other
+        layer need run.
 
-        def keep(value: Tensor, hook: HookPoint) -> None:
-            logits.append(value.detach().float())
+        No hook point is passed: the streams stand where positions would, and a hook that edits one position would act
+        on one of the streams. So hooks that the model carries do not act here.
+        """
+        block, router = self.model.blocks[self.receiver], self.model.cfg.router
+        mlp, norm = block.mlp, block.ln2
+        assert isinstance(mlp, MoE)
+        assert isinstance(norm, RMSNorm)
+        with torch.no_grad():
+            x = rms_norm(streams.to(self.model.cfg.dtype)[None], norm.w, norm.eps)
+            logits = mlp.router(x)[0].float()
+            chosen, weights, _ = choice_of(logits, router)
+        return logits, chosen, weights if router.float32_weights else weights.to(x.dtype).float()
 
-        name = f"blocks.{self.receiver}.mlp.hook_router_logits"
-        dtype = self.model.cfg.dtype
-        with torch.no_grad(), self.model.hooks([(name, keep)]):
-            indices, weights = block.mlp.route(block.ln2(streams.to(dtype)[None]))  # type: ignore[union-attr, operator]
-        return logits[0][0], indices[0], weights[0].float()
+
+def _versions(model: HookedMoE) -> tuple[tuple[int, int], ...]:
+    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def _float_rows(weight: Float[Tensor, "*expert neuron d_model"], expert: object) -> Tensor:

@@ -23,6 +23,21 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def rounding_bound(
+    sizes: Float[Tensor, "*place d_model"], roundoff: float
+) -> Float[Tensor, "*place d_model"]:
+    """The most that rounding can have moved a sum, coordinate by coordinate.
+
+    The bound is doubled, for what is not of first order: partial sums are those of the exact stream, and rounding near
+    a power of two, or below the smallest normal number, falls out of the simple picture.
+
+    Args:
+        sizes: the sum of the sizes that were rounded.
+        roundoff: see `unit_roundoff`.
+    """
+    return 2 * roundoff * (sizes + torch.finfo(torch.float16).tiny)
+
+
 class StreamSum:
     """The sum of the senders so far, in float32, and how far rounding can have moved the stream from it.
 
@@ -61,10 +76,7 @@ class StreamSum:
     ) -> float:
         """max |rounding| / its bound over (real) tokens and coordinates: at most 1 where the senders are all there.
 
-        The bound is doubled, for what is not of first order: partial sums are those of the exact stream, and
-        rounding near a power of two, or below the smallest normal number, falls out of the simple picture.
+        See `rounding_bound`.
         """
-        tiny = torch.finfo(torch.float16).tiny
-        bound = 2 * self.roundoff * (self._rounded + tiny)
-        ratio = self.rounding(stream).abs() / bound
+        ratio = self.rounding(stream).abs() / rounding_bound(self._rounded, self.roundoff)
         return float((ratio if real is None else ratio[real]).max())
