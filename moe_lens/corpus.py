@@ -438,12 +438,13 @@ def _measured_rows(
             position += 1
 
 
-def refuse_bare_pair(batches: Any) -> None:
+def refuse_bare_pair(batches: Any, batch: str = "(tokens, mask)") -> None:
     """Refuse one batch `(tokens, mask, ...)` where an iterable of batches is wanted, which would take the mask for
     documents. Anything else passes.
 
     Args:
         batches: as given by the caller; nothing is taken from an iterator.
+        batch: what a batch is, for the error.
 
     Raises:
         ValueError: a tuple that begins with tokens and their mask: None, booleans, or nothing but 0 and 1 in the
@@ -460,8 +461,8 @@ def refuse_bare_pair(batches: Any) -> None:
         bare = bare and second is None
     if bare:
         raise ValueError(
-            "a pair of tokens and mask is one batch, and batches are wanted, of which its mask would be the second: "
-            "give [(tokens, mask)]"
+            f"tokens and their mask are one batch, and batches are wanted, of which the mask would be the second: give "
+            f"[{batch}]"
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,14 @@ def test_top_senders_are_ranked(contributions_of: Callable[..., RoutingContribut
     assert frame["variance"].tolist() == sorted(values.tolist(), reverse=True)[:3]
     with pytest.raises(ValueError, match="no receiver"):
         top_senders(contributions, "M9")
+    assert len(top_senders(contributions, "M2", n=np.int64(2))) == 2  # type: ignore[arg-type]
+    for wrong in (2.5, True, "2"):
+        with pytest.raises(TypeError, match=f"n={wrong!r} must be a positive integer"):
+            top_senders(contributions, "M2", n=wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"n={wrong!r} must be a positive integer"):
+            persistence(contributions, n=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n=0 must be positive"):
+        top_senders(contributions, "M2", n=0)
 
 
 @pytest.mark.parametrize("by", ["layer", "head", "expert"])
@@ -238,7 +249,8 @@ def test_expert_ranks(
 def test_expert_rank_errors(contributions_of: Callable[..., RoutingContributions]) -> None:
     contributions = contributions_of("qwen2_moe", "expert")
     with pytest.raises(ValueError, match="no sender 'M1E9'"):
-        expert_variance_rank(contributions)
+        expert_variance_rank(contributions, "M1E9")
+    assert inspect.signature(expert_variance_rank).parameters["expert"].default is inspect.Parameter.empty
     for name in ("M0S", "A0", "embed"):
         with pytest.raises(ValueError, match=f"'{name}' is no routed expert"):
             expert_variance_rank(contributions, name)
@@ -310,6 +322,27 @@ def test_correlation_errors(contributions_of: Callable[..., RoutingContributions
         variance_rank_correlation(contributions, "M7", 2)
     with pytest.raises(ValueError, match="position must be one of"):
         variance_rank_correlation(contributions, "M1", 2, "everywhere")
+
+
+def test_there_is_no_correlation_where_one_side_does_not_vary(hooked: Callable[[str], Any]) -> None:
+    """Every expert of a layer alike: one side is constant, and the other is not."""
+    contributions = routing_contributions(hooked("olmoe"), corpus(), by="expert", rank_shift=True)
+    assert np.isfinite(variance_rank_correlation(contributions, "M0", "M1").rho)
+    places, column = contributions.senders.slice_of("M0"), contributions.receiver_index("M1")
+
+    for constant in ("variance", "aarv"):
+        moments = deepcopy(dict(contributions.moments))
+        group = [g.component for g in contributions.senders.groups].index("M0")
+        of = moments["rest", "all"][group]
+        of.mean[contributions.measures.index(constant), 0] = 0.5
+        alike = replace(contributions, moments=moments)
+        assert np.ptp(alike.measure(constant)["rest"][places, column]) == 0
+        other = "aarv" if constant == "variance" else "variance"
+        assert np.ptp(alike.measure(other)["rest"][places, column]) > 0
+        got = variance_rank_correlation(alike, "M0", "M1")
+        assert np.isnan(got.rho)
+        assert np.isnan(got.p_value)
+        assert got.n_experts == 8
 
 
 # ---- super experts ----
@@ -384,6 +417,77 @@ def test_a_planted_super_expert_is_found_and_ranked(
     assert last["variance_rank"].isna().all()
     none = super_expert_table(model, tokens, contributions, quantile=1.0)
     assert len(none) == 0
+
+
+def test_depth_and_share_each_decide(checkpoint: Callable[[str], Path]) -> None:
+    """Two planted experts, in layers 0 and 1 of 3: one in reach of the depth, and one of a share of the largest."""
+    model = HookedMoE.from_pretrained(checkpoint("olmoe"), verbose=False)
+    tokens, mask = prompts("right", batch=4, length=16)
+    grown(model, 0, 2, 3000)
+    grown(model, 1, 3, 300)
+    batches = [(tokens, mask)]
+
+    def found(**criterion: float) -> set[str]:
+        frame = super_experts(model, batches, quantile=0.8, **criterion)
+        return set(frame.loc[frame["is_super"], "name"])
+
+    sizes = super_experts(model, batches).set_index("name")["max_output"]
+    assert sizes.index[:2].tolist() == ["M0E2", "M1E3"]
+    share = sizes["M1E3"] / sizes["M0E2"]
+    assert found(share_of_largest=0.9 * share, depth=1) >= {"M0E2", "M1E3"}
+    assert found(share_of_largest=1.1 * share, depth=1) == {"M0E2"}
+    # A layer counts where it is less than depth x layers: layer 1 of 3 not at a third, and just above it.
+    assert model.cfg.n_layers == 3
+    assert found(share_of_largest=0.9 * share, depth=1 / 3) == {"M0E2"}
+    assert found(share_of_largest=0.9 * share, depth=0.34) == {"M0E2", "M1E3"}
+    assert found(share_of_largest=0, depth=0) == set()
+
+
+def test_ranks_over_all_tokens_and_when_active_differ(checkpoint: Callable[[str], Path]) -> None:
+    """A large expert that is chosen by few tokens: first among those that chose it, behind others over all."""
+    model = HookedMoE.from_pretrained(checkpoint("olmoe"), verbose=False)
+    tokens, mask = prompts("right", batch=4, length=16)
+    grown(model, 1, 3, 10)
+    usual = torch.arange(4, 4 + model.cfg.router.top_k)
+
+    def force(value: Tensor, hook: Any) -> Tensor:
+        """All tokens choose the same experts, but for the second of each document, which has the large one too."""
+        value = usual.expand_as(value).clone()
+        value[:, 1, -1] = 3
+        return value
+
+    with model.hooks([("blocks.1.mlp.hook_expert_indices", force)]):
+        contributions = routing_contributions(model, [(tokens, mask)], by="expert")
+        table = super_expert_table(model, [(tokens, mask)], contributions, quantile=0.9, share_of_largest=1.0)
+    row = table.iloc[0].to_dict()
+    assert row["name"] == "M1E3"
+    assert row["tokens"] == len(tokens)
+    over_all = expert_variance_rank(contributions, "M1E3").rank
+    active = expert_variance_rank(contributions, "M1E3", when_active=True).rank
+    assert (row["variance_rank"], row["variance_rank_when_active"]) == (over_all, active)
+    assert active == 1
+    assert over_all > 1
+
+
+def test_a_bare_pair_is_one_batch(model_of: Callable[[str], Any]) -> None:
+    model = model_of("mixtral")
+    tokens, mask = prompts("right", batch=2, length=8)
+    for bare in ((tokens, mask), (tokens, mask.bool())):
+        with pytest.raises(ValueError, match=r"give \[\(tokens, mask\)\]"):
+            super_experts(model, bare)
+    with pytest.raises(ValueError, match=r"give \[\(tokens, mask, queries, keys\)\]"):
+        mean_score_variance_maps(model, (tokens, mask, 3, 2), 1)
+
+
+def test_the_table_takes_contributions_of_this_model_alone(model_of: Callable[[str], Any]) -> None:
+    model = model_of("mixtral")
+    tokens, mask = prompts("right", batch=2, length=8)
+    contributions = routing_contributions(model, [(tokens, mask)], by="expert")
+    super_expert_table(model, [(tokens, mask)], contributions)
+    for name, said in (("model", ""), ("revision", "revision "), ("dtype", "dtype ")):
+        other = replace(contributions, provenance={**contributions.provenance, name: "another"})
+        with pytest.raises(ValueError, match=f"the contributions are of {said}'another', and the model is"):
+            super_expert_table(model, [(tokens, mask)], other)
 
 
 def test_super_expert_errors(

@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
+from moe_lens.routing.arguments import positive_integer
 from moe_lens.routing.result import RoutingContributions
 
 
@@ -41,10 +42,12 @@ def top_senders(
         Columns `rank`, `sender`, the measure, `standard_error` (over documents), `documents`.
 
     Raises:
+        TypeError: n is no integer.
         ValueError: no such receiver, measure or position; n is not positive.
 
     Source: section 5.3 and figure 5, where senders are compared by their variance.
     """
+    n = positive_integer(n, "n")
     frame = contributions.top(receiver, measure, n, position=position, when_active=when_active)
     frame.insert(0, "rank", np.arange(1, len(frame) + 1))
     return frame
@@ -72,13 +75,13 @@ def persistence(
         largest). Longest runs first, then lower mean ranks.
 
     Raises:
+        TypeError: n is no integer.
         ValueError: no such measure or position; n is not positive.
 
     Source: section 5.3, "stripes", and section 7.1, experts whose influence persists. The paper shows them and gives no
     number; these are counts of what it shows.
     """
-    if n < 1:
-        raise ValueError(f"n={n} must be positive")
+    n = positive_integer(n, "n")
     sizes = _sizes(contributions, measure, position, when_active)
     ranks = _ranks(sizes)
     totals = np.nansum(sizes, axis=0)
@@ -213,7 +216,7 @@ class ExpertRank(NamedTuple):
 
 def expert_variance_rank(
     contributions: RoutingContributions,
-    expert: str = "M1E9",
+    expert: str,
     receiver: str | int | None = None,
     *,
     measure: str = "variance",

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from moe_lens.corpus import refuse_bare_pair
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import Moments, real_tokens
@@ -135,12 +136,13 @@ def mean_score_variance_maps(
         Means over prompts (each counts alike) and their standard errors, `[layer, head]` in float64.
 
     Raises:
-        ValueError: no prompts; see `score_variance_maps`.
+        ValueError: no prompts; one batch that is not in a list; see `score_variance_maps`.
 
     Source: appendix F, figure 17, of indirect-object prompts: query END, key IO, S1 or S2.
     """
     check_receiver(model, receiver)
     shape = (model.cfg.n_layers, model.cfg.attention.n_heads)
+    refuse_bare_pair(prompts, "(tokens, mask, queries, keys)")
     moments, n_prompts = Moments(2, *shape), 0
     for tokens, mask, query, key in prompts:
         tokens, mask = model.tokens_and_mask(tokens, mask)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.corpus import TokenBatches
+from moe_lens.corpus import TokenBatches, refuse_bare_pair
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import real_tokens
@@ -55,14 +55,15 @@ def super_experts(
         of its output, no unit; NaN where no token chose it), `tokens` (how many chose it) and `is_super`.
 
     Raises:
-        ValueError: a parameter that is no share; text; no batches; a model without MoE layers; an output that is not
-            finite.
+        ValueError: a parameter that is no share; text; no batches; a bare `(tokens, mask)`, which is one; a model
+            without MoE layers; an output that is not finite.
 
     Source: the recipe of Su et al. 2025, arXiv:2507.23279.
     """
     for name, value in (("quantile", quantile), ("share_of_largest", share_of_largest), ("depth", depth)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie between 0 and 1")
+    refuse_bare_pair(batches)
     maxima, counts = _largest_outputs(model, batches)
     layers, experts = np.indices(maxima.shape).reshape(2, -1)
     layers = np.array(model.cfg.moe_layers)[layers]
@@ -96,7 +97,7 @@ def super_expert_table(
 
     Args:
         model, batches, criterion: see `super_experts`.
-        contributions: of the same model, by expert.
+        contributions: of the same model (its name, revision and dtype), by expert.
         position: `lead` or `rest`.
 
     Returns:
@@ -109,9 +110,7 @@ def super_expert_table(
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", appendix H, table 2.
     """
-    measured = contributions.provenance.get("model")
-    if measured != model.cfg.model_name:
-        raise ValueError(f"the contributions are of {measured!r}, and the model is {model.cfg.model_name!r}")
+    _require_same_model(model, contributions)
     if contributions.by != "expert":
         raise ValueError(f"the ranks need contributions by 'expert', and these are by {contributions.by!r}")
     found = super_experts(model, batches, **criterion)
@@ -134,6 +133,23 @@ def super_expert_table(
     frame = pd.DataFrame(rows, columns=columns)
     frame = frame.astype({"variance_rank": "Int64", "variance_rank_when_active": "Int64"})
     return frame.assign(experts=model.cfg.n_experts)
+
+
+def _require_same_model(model: HookedMoE, contributions: RoutingContributions) -> None:
+    cfg, provenance = model.cfg, contributions.provenance
+    here = {
+        "model": cfg.model_name,
+        "revision": cfg.revision,
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+    }
+    for name, value in here.items():
+        measured = provenance.get(name)
+        if measured != value:
+            raise ValueError(
+                f"the contributions are of {name} {measured!r}, and the model is of {name} {value!r}"
+                if name != "model"
+                else f"the contributions are of {measured!r}, and the model is {value!r}"
+            )
 
 
 @torch.no_grad()
