@@ -187,11 +187,20 @@ def _contributions(options: argparse.Namespace) -> int:
         last = result.receivers[-1]
         top = result.top(last, n=5)
         named = ", ".join(f"{s} {v:.3g}" for s, v in zip(top["sender"], top["variance"], strict=True))
-        print(f"by {by}: largest variance at {last}: {named}; sums close to {result.completeness_error:.1e}")
+        print(f"by {by}: largest variance at {last}: {named}; {_sums(result)}")
     decisions = routing_decisions(model, corpus, receivers=options.receivers)
     page = write_contributions_page(results, options.output / "index.html", routing=decisions)
     print(f"tables, results and page: {page.parent}")
-    return 0 if all(result.completeness_error <= 1e-5 for result in results.values()) else 1
+    return 0 if all(result.closes for result in results.values()) else 1
+
+
+def _sums(result: Any) -> str:
+    closed = f"sums close to {result.completeness_error:.1e} of the largest logit"
+    if result.rounding_ratio is None:
+        return closed
+    return (
+        f"{closed}, with rounding as a sender of at most {result.rounding_ratio:.2f} of what rounding can be"
+    )
 
 
 def _experts(given: Sequence[str]) -> Any:

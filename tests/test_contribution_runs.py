@@ -58,7 +58,7 @@ def five_batches() -> list[Batch]:
     ]
 
 
-def dies_in_forward(model: HookedMoE, n: int, point: str = "blocks.1.hook_attn_out") -> Any:
+def dies_in_forward(model: HookedMoE, n: int, point: str = "hook_embed") -> Any:
     """A hook that raises in the n-th forward pass, in the middle of it."""
     seen = []
 

@@ -486,16 +486,25 @@ def test_the_completeness_error_can_fail(model_of: Load, half: Callable[[str], H
         true_stream = stream.forward
         stream.forward = lambda value, true=true_stream: true(value) + 0.5
         try:
-            got = routing_contributions(model, corpus(), by=by)
+            # In half precision the bound on what heads round is wide, and not exceeded many times here.
+            if model.cfg.dtype == torch.float32 or by not in ("head", "source"):
+                with pytest.raises(
+                    ValueError, match=rf"by {by} are not what the routers read.*allow_incomplete"
+                ):
+                    routing_contributions(model, corpus(), by=by)
+            got = routing_contributions(model, corpus(), by=by, allow_incomplete=True)
         finally:
             del stream.forward
+        assert not got.closes
         if model.cfg.dtype == torch.float32:
             assert got.completeness_error > 1e-3
         else:
             assert got.completeness_error <= 1e-5
             assert got.rounding_ratio is not None
             assert got.rounding_ratio > 1
-        assert routing_contributions(model, corpus(), by=by).completeness_error <= 1e-5
+        again = routing_contributions(model, corpus(), by=by)
+        assert again.closes
+        assert again.completeness_error <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -514,7 +523,11 @@ def test_parts_that_are_not_what_was_written_are_seen(model_of: Load, by: str, h
     model = model_of("qwen2_moe")
     layer_out = "blocks.0.hook_attn_out" if ".attn." in hook else "blocks.0.hook_mlp_out"
     with model.hooks([(layer_out, lambda value, hook: 1.01 * value)]):
-        assert routing_contributions(model, corpus(), by=by).completeness_error > 1e-4
+        with pytest.raises(ValueError, match="are not what the routers read"):
+            routing_contributions(model, corpus(), by=by)
+        got = routing_contributions(model, corpus(), by=by, allow_incomplete=True)
+        assert got.completeness_error > 1e-4
+        assert got.provenance["edited"] == [layer_out]
         assert routing_contributions(model, corpus(), by="layer").completeness_error <= 1e-5
     with model.hooks([(hook, lambda value, hook: 1.01 * value)]):
         assert routing_contributions(model, corpus(), by=by).completeness_error <= 1e-5
@@ -565,7 +578,7 @@ def test_provenance(model_of: Load) -> None:
         assert result.provenance["experts"] == "all"
         assert result.provenance["source_axis"] == "offset"
         assert set(result.provenance) == {
-            "model", "revision", "dtype", "corpus", "fingerprints", "experts", "lead_token", "source_axis",
+            "model", "revision", "dtype", "weights", "edited", "corpus", "fingerprints", "experts", "lead_token", "source_axis",
             "moe_lens",
         }  # fmt: skip
     assert routing_contributions(model, corpus()).provenance["source_axis"] is None

@@ -35,6 +35,8 @@ class HookPoint(TransformerLensHookPoint):
         self.pos_dim = pos_dim
         self.may_change_shape = may_change_shape
         self.shares_memory = shares_memory
+        self.n_edits = 0
+        """How often a value was handed on other than it came, in place or as another tensor."""
 
     @property
     def is_listened_to(self) -> bool:
@@ -53,8 +55,15 @@ class HookPoint(TransformerLensHookPoint):
             carries_grad = torch.is_grad_enabled() and value.requires_grad
             if self.shares_memory or (carries_grad and not self._backward_hooks):
                 value = value.clone()
+        # Torch counts in-place edits, except in inference mode.
+        version = None if value.is_inference() else value._version
         edited = super().__call__(value, *args)
-        return edited if edited is value else self._checked(edited, value)
+        if edited is not value:
+            self.n_edits += 1
+            return self._checked(edited, value)
+        if version is not None and value._version != version:
+            self.n_edits += 1
+        return edited
 
     def _checked(self, edited: Any, value: Tensor) -> Tensor:
         if not isinstance(edited, Tensor):

@@ -32,7 +32,7 @@ from moe_lens.routing.senders import ROUNDING, Names, SenderGroup, Senders, send
 from moe_lens.routing.writes import hooks_of, sender_scores, written_by
 
 DENSE_LIMIT = 2**27
-"""The most scores that `router_logit_attrs` makes: 128 Mi numbers, 512 MiB."""
+"""The most scores that `router_logit_attrs` makes: 128 Mi numbers, 512 MiB, and about three times that on the way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,12 @@ class RouterLogitAttrs:
     model_logit_difference: float
     receiver: int
     by: str
+
+    def __repr__(self) -> str:
+        return (
+            f"<RouterLogitAttrs by {self.by}: {len(self.senders)} senders at the router of layer {self.receiver}, "
+            f"{list(self.values.shape)}, completeness error {self.completeness_error:.1e}>"
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per (sender, batch, position, expert): columns so named, and `score` in router logits."""

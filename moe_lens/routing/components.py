@@ -116,7 +116,7 @@ class ComponentReader:
         part = TokenPart(len(self.group), self.first, self.measuring)
         tokens = torch.arange(len(vectors), device=vectors.device)
         sums = []
-        for chunk in token_chunks(len(vectors), vectors.shape[1] * len(self._rows)):
+        for chunk in token_chunks(len(vectors), vectors.shape[1] * len(self._rows), vectors.device):
             sent = vectors[chunk].float()
             scores = self.readouts.unflatten(sent @ self._rows.T)
             part.add(tokens[chunk], senders[chunk], scores, normalised_lengths(sent, self.readouts.gains))
@@ -129,7 +129,7 @@ class ComponentReader:
         senders = torch.arange(len(self.group), device=z.device)
         attention = attention_of(self.model, self.group.layer)
         sums = []
-        for chunk in token_chunks(len(z), len(self.group) * len(self._rows)):
+        for chunk in token_chunks(len(z), len(self.group) * len(self._rows), z.device):
             scores = self.readouts.unflatten(
                 einsum(z[chunk], self._folded, "token head d_value, head d_value row -> token head row")
             )

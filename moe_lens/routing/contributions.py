@@ -8,14 +8,16 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor
 
-from moe_lens.corpus import Document, TokenBatches, bos_by_default, token_batches
+from moe_lens.corpus import Document, TokenBatches, bos_by_default, refuse_bare_pair, token_batches
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routing.documents import real_tokens
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, contributions_of
 from moe_lens.routing.senders import SourceAxis, check_granularity
@@ -25,8 +27,6 @@ __all__ = ["MEMORY_BUDGET", "RoutingContributions", "contributions_of", "routing
 
 MEMORY_BUDGET = 4 * 2**30
 """Bytes that the accumulators of a pass may take, unless told otherwise."""
-
-_TEXTS_IN_A_BATCH = 8
 
 Batches = str | Sequence[str] | Tensor | TokenBatches | Iterable[Tensor | Sequence[Any]]
 
@@ -52,6 +52,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     max_positions: int | None = None,
     bos_is_lead: bool = True,
     memory_budget: int = MEMORY_BUDGET,
+    batch_size: int = 8,
+    allow_incomplete: bool = False,
     state: str | Path | None = None,
     save_every: float = 60.0,
     verbose: bool = False,
@@ -75,9 +77,15 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         max_positions: with `by="source"`, the length of the longest document in tokens; None looks, where the batches
             can be looked at without being used up. A document counts for the positions (or offsets) that it has.
         bos_is_lead: whether a BOS token at the beginning of a document is its lead token. False leaves BOS out of
-            everything, and the first token of text leads.
-        memory_budget: bytes for the accumulators; more takes several passes.
-        state: a file in which the run's state is kept; a call with the same arguments goes on from it.
+            every average, and the first token of text leads; as a source it stays, at position 0.
+        memory_budget: bytes for the accumulators; more takes several passes. The results of all passes are then held
+            together, on the CPU. Beside them stand what a batch needs: with `rank_shift` or `experts="selected"` its
+            scores, tokens x senders x receivers x experts, so make batches small then.
+        batch_size: documents run at once, of texts and of tokens given as one tensor.
+        allow_incomplete: measure also where the senders are not what the routers read, because hooks edit the stream
+            between components; `completeness_error` and `rounding_ratio` then say by how much.
+        state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
+            same numbers, bit by bit on the CPU (on a GPU, sums whose order is not fixed may differ in the last digit).
         save_every: seconds between savings of the state.
         verbose: print the plan and show a progress bar.
 
@@ -87,22 +95,23 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
 
     Raises:
         ValueError: a receiver that is no MoE layer; an unknown granularity, expert or setting; no batches; a row
-            without a token; a score that is not finite; a state of another run; batches that can be gone through only
-            once, where several passes are needed.
+            without a token; a score that is not finite; senders that do not sum to the logits; a state of another run;
+            batches that can be gone through only once, or are others each time, where several passes are needed.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """
-    corpus = _corpus_of(model, batches_or_texts, attention_mask)
+    corpus = _corpus_of(model, batches_or_texts, attention_mask, batch_size)
     granularities = [check_granularity(name) for name in ([by] if isinstance(by, str) else by)]
     if "source" in granularities and max_positions is None:
         max_positions = corpus.longest()
+    max_positions = None if max_positions is None else operator.index(max_positions)
     if max_positions is not None and max_positions < 1:
         raise ValueError(f"max_positions={max_positions} must be positive")
     plan = Plan.make(model, granularities, receivers, memory_budget, rank_shift, max_positions or 0)
-    check_experts(model, experts, rank_shift=rank_shift)
+    listed = check_experts(model, experts, rank_shift=rank_shift)
     settings: dict[str, Any] = dict(
         by=granularities,
-        experts=experts if isinstance(experts, str) else list(experts),
+        experts=experts if listed is None else list(listed),
         rank_shift=rank_shift,
         source_axis=source_axis,
         max_positions=max_positions,
@@ -116,25 +125,42 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         )
     if verbose:
         print(plan.describe(corpus))
-    run = Run(model, corpus, plan, settings, None if state is None else Path(state), save_every, verbose)
+    run = Run(
+        model,
+        corpus,
+        plan,
+        settings,
+        None if state is None else Path(state),
+        save_every,
+        allow_incomplete,
+        verbose,
+    )
     results = run.results()
     return results[granularities[0]] if isinstance(by, str) else results
 
 
-def _corpus_of(model: HookedMoE, given: Batches, mask: Mask | None) -> Corpus:
+def _corpus_of(model: HookedMoE, given: Batches, mask: Mask | None, batch_size: int) -> Corpus:
+    if operator.index(batch_size) < 1:
+        raise ValueError(f"batch_size={batch_size} must be positive")
     if mask is not None and not isinstance(given, Tensor):
         raise ValueError(
             "attention_mask goes with tokens given as one tensor; a batch is a tuple (tokens, mask)"
         )
     if isinstance(given, Tensor):
-        return Corpus([(given, mask)], True, f"{given.shape[0]} rows of tokens given by the caller")
+        real = real_tokens(given, mask)
+        batches = list(zip(given.split(batch_size), real.split(batch_size), strict=True))
+        return Corpus(batches, True, f"{given.shape[0]} rows of tokens given by the caller")
+    refuse_bare_pair(given)
     if isinstance(given, str) or (isinstance(given, Sequence) and given and isinstance(given[0], str)):
-        texts = [given] if isinstance(given, str) else given
+        texts = [given] if isinstance(given, str) else list(given)
+        strange = [type(text).__name__ for text in texts if not isinstance(text, str)]
+        if strange:
+            raise ValueError(f"texts must all be strings, and there is one of type {strange[0]}")
         documents = [Document(f"text {i}", "", text) for i, text in enumerate(texts)]  # type: ignore[arg-type]
         given = token_batches(
             model,
             documents,
-            batch_size=_TEXTS_IN_A_BATCH,
+            batch_size=batch_size,
             prepend_bos=bos_by_default(model),
             description=f"{len(documents)} texts given by the caller",
         )
@@ -142,8 +168,7 @@ def _corpus_of(model: HookedMoE, given: Batches, mask: Mask | None) -> Corpus:
         return Corpus(given, True, given.description)
     if not isinstance(given, Iterable):
         raise ValueError(f"texts, tokens or batches of tokens are wanted, not {type(given).__name__}")
-    can_be_repeated = iter(given) is not given
-    return Corpus(given, can_be_repeated, "batches of tokens given by the caller")
+    return Corpus(given, iter(given) is not given, "batches of tokens given by the caller")
 
 
 def _bos(model: HookedMoE) -> int:

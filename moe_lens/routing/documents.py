@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -100,9 +102,11 @@ class Moments:
         """So many documents more, once for all receivers."""
         self.count += documents
 
-    def standard_error(self, measure: int) -> Float[Tensor, "receiver sender"]:
+    def standard_error(
+        self, measure: int, receivers: Sequence[int] | slice = slice(None)
+    ) -> Float[Tensor, "receiver sender"]:
         """Standard deviation over documents (ddof 1) over the root of their number; NaN for fewer than two."""
-        variance = self.squares[measure] / (self.count - 1).clamp(min=1)
+        variance = self.squares[measure, receivers] / (self.count - 1).clamp(min=1)
         return (variance / self.count.clamp(min=1)).sqrt().masked_fill(self.count < 2, torch.nan)
 
     @classmethod
@@ -119,3 +123,8 @@ class Moments:
 
     def copy(self) -> Moments:
         return Moments.of(self.count.clone(), self.mean.clone(), self.squares.clone())
+
+    def on_cpu(self, copy: bool) -> Moments:
+        """The same on the CPU; `copy` where it must not follow what is added here."""
+        moved = Moments.of(self.count.cpu(), self.mean.cpu(), self.squares.cpu())
+        return moved.copy() if copy and moved.mean is self.mean else moved

@@ -39,8 +39,11 @@ UNITS = {
 SCALE_POWERS = (2, 1, 1, 1, 1)
 """With which power of 1/s_r each of `MEASURES` goes."""
 
-# About what a core's cache holds: the passes over a chunk then do not wait for memory.
-CHUNK = 2**20
+
+def chunk_size(device: torch.device) -> int:
+    """How many scores are made at once: on a CPU about what a core's cache holds, so that the passes over them do not
+    wait for memory; on a GPU enough to keep it busy."""
+    return 2**20 if device.type == "cpu" else 2**26
 
 
 def score_measures(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moe_lens.model.expert_matmul import group_products
 from moe_lens.routing.documents import POSITIONS
-from moe_lens.routing.measures import CHUNK, MEASURES, normalised_lengths, score_measures
+from moe_lens.routing.measures import MEASURES, chunk_size, normalised_lengths, score_measures
 from moe_lens.routing.parts import DocumentSummer, DocumentSums, Measuring, Readouts, Routed, Rows
 
 
@@ -56,7 +56,7 @@ class NeuronColumns:
         """Every column's measures at every receiver, for a scale of 1; made when first asked for."""
         if self._table is None:
             n_receivers, n_experts, _ = self.readouts.rows.shape
-            step = max(1, CHUNK // (n_receivers * n_experts))
+            step = max(1, chunk_size(self.readouts.rows.device) // (n_receivers * n_experts))
             self._table = torch.empty(
                 len(MEASURES), n_receivers, self.n_neurons, device=self.readouts.rows.device
             )
@@ -158,6 +158,7 @@ class NeuronPart:
             values, experts = self.routed
             if bool(unread.any()):
                 values = values.masked_fill(unread[:, None, None], 0.0)
+            _require_finite(values)
             n_tokens, k, n_neurons = values.shape
             n_experts = self.columns.n_routed // n_neurons
             tokens = repeat(torch.arange(n_tokens, device=experts.device), "token -> (token k)", k=k)
@@ -165,6 +166,7 @@ class NeuronPart:
             yield values.flatten(0, 1), tokens, groups, routed.n_documents * n_experts
         if self.always is not None:
             values = self.always.masked_fill(unread[:, None], 0.0) if bool(unread.any()) else self.always
+            _require_finite(values)
             tokens = torch.arange(len(values), device=values.device)
             yield values, tokens, routed.documents, routed.n_documents
 
@@ -198,7 +200,7 @@ class NeuronPart:
             )
             neurons = torch.arange(n_neurons, device=values.device) + offset
             for chunk in torch.arange(len(values), device=values.device).split(
-                max(1, CHUNK // (n_neurons * columns.shape[1]))
+                max(1, chunk_size(values.device) // (n_neurons * columns.shape[1]))
             ):
                 senders = neurons.expand(len(chunk), -1) if first is None else neurons + first[chunk, None]
                 rows = Rows(
@@ -210,3 +212,9 @@ class NeuronPart:
                 summer.add(rows.tokens, rows.senders, self.measuring.measured(rows, routed, place))
             offset += self.columns.n_routed if first is not None else n_neurons
         return summer.result()
+
+
+def _require_finite(values: Float[Tensor, "*place neuron"]) -> None:
+    """Sums over neurons are checked at a few tokens only; that every one is finite, here."""
+    if not bool(values.isfinite().all()):
+        raise ValueError("neurons of a batch hold values that are not finite")

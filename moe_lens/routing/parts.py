@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_lens.config import RouterConfig
 from moe_lens.routing.documents import POSITIONS
-from moe_lens.routing.measures import CHUNK, MEASURES, RANK_MEASURES, SCALE_POWERS, score_measures
+from moe_lens.routing.measures import MEASURES, RANK_MEASURES, SCALE_POWERS, chunk_size, score_measures
 from moe_lens.routing.rank_shift import Choice, rank_shift
 
 
@@ -226,7 +226,7 @@ class TokenPart:
         yield slice(None), summer.result()
 
 
-def token_chunks(n_tokens: int, scores_per_token: int) -> Iterator[slice]:
-    """Runs of tokens whose scores lie in the cache together."""
-    step = max(1, CHUNK // max(1, scores_per_token))
+def token_chunks(n_tokens: int, scores_per_token: int, device: torch.device) -> Iterator[slice]:
+    """Runs of tokens whose scores are made at once."""
+    step = max(1, chunk_size(device) // max(1, scores_per_token))
     return (slice(start, min(start + step, n_tokens)) for start in range(0, n_tokens, step))

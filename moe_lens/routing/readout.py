@@ -7,6 +7,7 @@ whatever x is a sum of. No family here has a router bias, so nothing else is in 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -22,12 +23,16 @@ def check_receiver(model: HookedMoE, receiver: int) -> int:
     Raises:
         ValueError: it is no MoE layer; those of the model are named.
     """
-    if isinstance(receiver, bool) or not isinstance(receiver, int) or receiver not in model.cfg.moe_layers:
+    try:
+        layer = -1 if isinstance(receiver, bool) else operator.index(receiver)
+    except TypeError:
+        layer = -1
+    if layer not in model.cfg.moe_layers:
         raise ValueError(
             f"receiver {receiver!r} is no MoE layer, so it has no router; {model.cfg.model_name} has MoE layers "
             f"{', '.join(map(str, model.cfg.moe_layers))}"
         )
-    return receiver
+    return layer
 
 
 def router_readout(model: HookedMoE, receiver: int) -> Float[Tensor, "expert d_model"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from moe_lens.routing.senders import Names, SenderGroup, Senders
 from moe_lens.routing.storage import read_arrays, whole_or_not, write_atomically
 
 FORMAT = 1
+COMPLETENESS_TOLERANCE = 1e-4
 
 ByPosition = dict[str, Float[np.ndarray, "sender receiver"]]
 
@@ -43,8 +45,11 @@ class RoutingContributions:
         n_tokens: how many such tokens there are.
         completeness_error: the largest over batches and receivers of max |sum of scores - logits| / max |logits|.
         rounding_ratio: see `RouterLogitAttrs`; the largest. None in float32.
-        provenance: of what this is: `model`, `revision`, `dtype`, `corpus` (a list of descriptions), `fingerprints`,
-            `experts`, `lead_token`, `source_axis`, `moe_lens` (the version).
+        model_logit_difference: the largest |exact logit - hook_router_logits|: what the gate's own arithmetic rounds,
+            or a hook changed. Measures are of the exact logits.
+        provenance: of what this is: `model`, `revision`, `dtype`, `weights` (a fingerprint), `edited` (the hook
+            points at which hooks edited the run), `corpus` (a list of descriptions), `fingerprints`, `experts`,
+            `lead_token`, `source_axis`, `moe_lens` (the version).
     """
 
     by: str
@@ -55,11 +60,24 @@ class RoutingContributions:
     n_tokens: dict[str, int]
     completeness_error: float
     rounding_ratio: float | None
+    model_logit_difference: float
     provenance: Mapping[str, Any]
     firsts: tuple[int, ...]
     """For each group of senders, the place of the first receiver that it reaches."""
-    moments: Mapping[tuple[str, str], Sequence[Moments]]
+    moments: Mapping[tuple[str, str], list[Moments]]
     """For each position class and population (`all`, `active`), those of each group, from its first receiver on."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<RoutingContributions by {self.by}: {len(self.senders)} senders at {len(self.receivers)} receivers, "
+            f"{self.n_documents['lead']} documents; {', '.join(self.measures)}>"
+        )
+
+    @property
+    def closes(self) -> bool:
+        """Whether the senders make up what the routers read: no sum misses a logit by more than 1e-4 of the largest,
+        and in half precision, where `rounding` closes every sum, rounding is no larger than it can be."""
+        return self.completeness_error <= COMPLETENESS_TOLERANCE and (self.rounding_ratio or 0.0) <= 1
 
     @property
     def variance(self) -> ByPosition:
@@ -126,7 +144,11 @@ class RoutingContributions:
         return torch.cat([group.count for group in moments]).cpu().numpy()
 
     def sel(
-        self, *, sender: str | Sequence[str] | None = None, receiver: str | Sequence[str] | None = None
+        self,
+        *,
+        sender: str | Sequence[str] | None = None,
+        receiver: str | int | Sequence[str | int] | None = None,
+        when_active: bool = False,
     ) -> pd.DataFrame:
         """The rows of `to_frame` for these senders and receivers (None: all).
 
@@ -135,7 +157,7 @@ class RoutingContributions:
         """
         senders = None if sender is None else [self.senders.index(s) for s in _listed(sender)]
         receivers = None if receiver is None else [self.receiver_index(r) for r in _listed(receiver)]
-        return self._frame(senders, receivers)
+        return self._frame(senders, receivers, when_active)
 
     def to_frame(self, *, when_active: bool = False) -> pd.DataFrame:
         """One row per (position, sender, receiver) that has a value: columns `position` (lead or rest), `sender`,
@@ -178,11 +200,13 @@ class RoutingContributions:
         Raises:
             ValueError: no such receiver, measure or position; n is not positive.
         """
-        if n < 1:
+        if operator.index(n) < 1:
             raise ValueError(f"n={n} must be positive")
-        column = self.receiver_index(receiver)
-        values = (self.when_active if when_active else self.measure)(measure)[_position(position)][:, column]
-        errors = self.standard_error(measure, when_active=when_active)[position][:, column]
+        column, population = self.receiver_index(receiver), "active" if when_active else "all"
+        values, errors = (
+            self._by_position(measure, population, what, [column])[_position(position)][:, 0]
+            for what in ("mean", "standard error")
+        )
         there = np.flatnonzero(~np.isnan(values))
         size = 1 - values[there] if measure == "overlap" else np.abs(values[there])
         best = there[np.argsort(-size, kind="stable")[:n]]
@@ -201,7 +225,7 @@ class RoutingContributions:
         Raises:
             ValueError: there is none.
         """
-        name = f"M{receiver}" if isinstance(receiver, int) else receiver
+        name = receiver if isinstance(receiver, str) else f"M{operator.index(receiver)}"
         if name not in self.receivers:
             raise ValueError(f"there is no receiver {receiver!r}; there are {', '.join(self.receivers)}")
         return self.receivers.index(name)
@@ -221,7 +245,7 @@ class RoutingContributions:
                 raise ValueError(
                     f"these cannot be added: {name} is {getattr(self, name)!r} here and {getattr(other, name)!r} there"
                 )
-        for name in self.provenance.keys() | other.provenance.keys():
+        for name in dict.fromkeys([*self.provenance, *other.provenance]):
             mine, its = self.provenance.get(name), other.provenance.get(name)
             if name not in ("corpus", "fingerprints") and mine != its:
                 raise ValueError(f"these cannot be added: {name} is {mine!r} here and {its!r} there")
@@ -245,6 +269,7 @@ class RoutingContributions:
             n_tokens={p: self.n_tokens[p] + other.n_tokens[p] for p in POSITIONS},
             completeness_error=max(self.completeness_error, other.completeness_error),
             rounding_ratio=max(ratios) if ratios else None,
+            model_logit_difference=max(self.model_logit_difference, other.model_logit_difference),
             provenance=provenance,
         )
 
@@ -285,6 +310,7 @@ class RoutingContributions:
             "n_tokens",
             "completeness_error",
             "rounding_ratio",
+            "model_logit_difference",
         )
         facts = {name: getattr(self, name) for name in (*names, "firsts")}
         groups = [
@@ -335,6 +361,7 @@ class RoutingContributions:
             n_tokens=facts["n_tokens"],
             completeness_error=facts["completeness_error"],
             rounding_ratio=facts["rounding_ratio"],
+            model_logit_difference=facts["model_logit_difference"],
             provenance=facts["provenance"],
             firsts=tuple(facts["firsts"]),
             moments=moments,
@@ -342,28 +369,34 @@ class RoutingContributions:
 
     # ---- arrays ----
 
-    def _by_position(self, measure: str, population: str, what: str) -> ByPosition:
+    def _by_position(
+        self, measure: str, population: str, what: str, receivers: Sequence[int] | None = None
+    ) -> ByPosition:
+        """Means or standard errors at some receivers (None: all)."""
         if measure not in self.measures:
             wanted = " (rank_shift=True measures it)" if measure in RANK_MEASURES else ""
             raise ValueError(
                 f"there is no measure {measure!r} here{wanted}; the measures are {', '.join(self.measures)}"
             )
         index = self.measures.index(measure)
+        columns = range(len(self.receivers)) if receivers is None else receivers
         out = {}
         for position in POSITIONS:
-            values = torch.full((len(self.receivers), len(self.senders)), torch.nan, dtype=torch.float64)
+            values = torch.full((len(columns), len(self.senders)), torch.nan, dtype=torch.float64)
             start = 0
             for first, group in zip(self.firsts, self.moments[position, population], strict=True):
                 place = slice(start, start + len(group.count))
-                if what == "mean":
-                    mean = group.mean[index]
-                    found = (1 - mean if measure == "overlap" else mean).masked_fill(
-                        group.count == 0, torch.nan
-                    )
-                else:
-                    found = group.standard_error(index)
-                values[first:, place] = found.cpu()
                 start = place.stop
+                reached = [(row, column - first) for row, column in enumerate(columns) if column >= first]
+                if not reached:
+                    continue
+                rows, inside = map(list, zip(*reached, strict=True))
+                if what == "mean":
+                    mean = group.mean[index, inside]
+                    mean = 1 - mean if measure == "overlap" else mean
+                    values[rows, place] = mean.masked_fill(group.count == 0, torch.nan)
+                else:
+                    values[rows, place] = group.standard_error(index, inside)
             out[position] = values.numpy().T
         return out
 
@@ -373,27 +406,28 @@ class RoutingContributions:
         rows = np.arange(len(self.senders)) if senders is None else np.array(senders, dtype=int)
         columns = np.arange(len(self.receivers)) if receivers is None else np.array(receivers, dtype=int)
         population = "active" if when_active else "all"
-        means = {m: self._by_position(m, population, "mean") for m in self.measures}
-        errors = {m: self._by_position(m, population, "standard error") for m in self.measures}
+        means = {m: self._by_position(m, population, "mean", columns.tolist()) for m in self.measures}
+        errors = {
+            m: self._by_position(m, population, "standard error", columns.tolist()) for m in self.measures
+        }
         names = np.array([self.senders[int(i)] for i in rows], dtype=object)
         frames = []
         for position in POSITIONS:
-            chosen = np.ix_(rows, columns)
-            row, column = np.nonzero(~np.isnan(means["variance"][position][chosen]))
+            row, column = np.nonzero(~np.isnan(means["variance"][position][rows]))
             frame: dict[str, Any] = {
                 "position": position,
                 "sender": names[row],
                 "receiver": np.array(self.receivers, dtype=object)[columns[column]],
             }
             for measure in self.measures:
-                frame[measure] = means[measure][position][chosen][row, column]
-                frame[f"{measure}_standard_error"] = errors[measure][position][chosen][row, column]
+                frame[measure] = means[measure][position][rows[row], column]
+                frame[f"{measure}_standard_error"] = errors[measure][position][rows[row], column]
             frames.append(pd.DataFrame(frame))
         return pd.concat(frames, ignore_index=True)
 
 
-def _listed(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+def _listed(names: Any) -> list[Any]:
+    return list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names]
 
 
 def _position(position: str) -> str:

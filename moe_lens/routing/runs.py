@@ -8,7 +8,6 @@ the same call goes on from there and gives the same numbers.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from moe_lens.corpus import TokenBatches
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import Moments, real_tokens
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
+from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
 from moe_lens.routing.result import RoutingContributions, measure_names
 from moe_lens.routing.senders import senders_before
 from moe_lens.routing.storage import read_arrays, write_atomically
@@ -63,7 +63,7 @@ class Corpus:
 
     def longest(self) -> int:
         """Tokens of the longest document."""
-        if not self.can_be_repeated:
+        if not isinstance(self.source, (Sequence, TokenBatches)):
             raise ValueError(
                 "by='source' over an iterator needs max_positions, the length of the longest document"
             )
@@ -71,12 +71,17 @@ class Corpus:
 
 
 def contributions_of(
-    accumulator: ContributionAccumulator, *, corpus: Sequence[str] = (), fingerprints: Sequence[str] = ()
+    accumulator: ContributionAccumulator,
+    *,
+    corpus: Sequence[str] = (),
+    fingerprints: Sequence[str] = (),
+    copy: bool = True,
 ) -> dict[str, RoutingContributions]:
-    """What an accumulator has gathered, by granularity.
+    """What an accumulator has gathered, by granularity, on the CPU.
 
     Args:
         corpus, fingerprints: what the tokens were, for the provenance.
+        copy: whether the results are to stay as they are when the accumulator goes on.
 
     Raises:
         ValueError: it has seen no batch.
@@ -86,6 +91,8 @@ def contributions_of(
         "model": cfg.model_name,
         "revision": cfg.revision,
         "dtype": str(cfg.dtype).removeprefix("torch."),
+        "weights": weights_fingerprint(accumulator.model),
+        "edited": sorted(accumulator.edited),
         "corpus": list(corpus),
         "fingerprints": list(fingerprints),
         "experts": accumulator.measured_experts,
@@ -108,9 +115,12 @@ def contributions_of(
             n_tokens=dict(tally.n_tokens),
             completeness_error=tally.completeness_error,
             rounding_ratio=tally.rounding_ratio,
+            model_logit_difference=tally.model_logit_difference,
             provenance=provenance,
             firsts=tally.firsts,
-            moments={key: [moments.copy() for moments in groups] for key, groups in tally.moments.items()},
+            moments={
+                key: [moments.on_cpu(copy) for moments in groups] for key, groups in tally.moments.items()
+            },
         )
     return results
 
@@ -165,8 +175,8 @@ class Plan:
         n_batches = corpus.n_batches or "an unknown number of"
         return (
             f"corpus: {corpus.description}\n"
-            f"plan: {len(self.chunks)} pass(es) over {n_batches} batches, accumulators of "
-            f"{self.largest / 2**20:,.1f} MiB"
+            f"plan: {len(self.chunks)} pass(es) over {n_batches} batches; accumulators take up to "
+            f"{self.largest / 2**20:,.1f} MiB, and the result {self.bytes_needed / 2**20:,.1f} MiB"
         )
 
 
@@ -184,45 +194,68 @@ class Run:
         settings: dict[str, Any],
         state: Path | None,
         save_every: float,
+        allow_incomplete: bool,
         verbose: bool,
     ):
         self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
         self.state, self.save_every, self.verbose = state, save_every, verbose
+        self.allow_incomplete = allow_incomplete
         if state is not None and not state.absolute().parent.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
             )
 
     def results(self) -> dict[str, RoutingContributions]:
-        chunks = [self._pass(number) for number in range(len(self.plan.chunks))]
-        return {by: _joined([chunk[by] for chunk in chunks]) for by in self.settings["by"]}
+        chunks = []
+        for number in range(len(self.plan.chunks)):
+            chunks.append(self._pass(number))
+            first, this = (
+                next(iter(chunk.values())).provenance["fingerprints"] for chunk in (chunks[0], chunks[-1])
+            )
+            if this != first:
+                raise ValueError(
+                    f"pass {number + 1} of {len(self.plan.chunks)} met other tokens than the first: the batches must "
+                    f"be the same each time, and those of a loader that shuffles are not; or give a larger "
+                    f"memory_budget, for one pass"
+                )
+        return {by: _joined([chunk.pop(by) for chunk in chunks]) for by in self.settings["by"]}
 
     def _pass(self, number: int) -> dict[str, RoutingContributions]:
         """One pass over the corpus, from where its state left it."""
-        accumulator = ContributionAccumulator(self.model, receivers=self.plan.chunks[number], **self.settings)
-        n_done, digest = self._restore(number, accumulator)
-        seen, saved_at, n_batches = hashlib.sha256(), time.monotonic(), 0
+        receivers = self.plan.chunks[number]
+        accumulator = ContributionAccumulator(self.model, receivers=receivers, **self.settings)
+        n_done, digest, edited = self._restore(number, accumulator)
+        seen, saved_at, n_batches = TokenDigest(), time.monotonic(), 0
         for tokens, mask in tqdm(
             self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
         ):
             n_batches += 1
-            _digest(seen, tokens, mask)
+            seen.add(tokens, mask)
             if n_batches == n_done and seen.hexdigest() != digest:
                 raise self._other_run(number, "its tokens were others")
             if n_batches <= n_done:
                 continue
             with torch.no_grad(), accumulator.listening(tokens, mask):
-                self.model(tokens, attention_mask=mask, return_type=None)
+                # No later layer is read.
+                self.model(tokens, attention_mask=mask, stop_at_layer=receivers[-1] + 1)
+            if not self.allow_incomplete:
+                accumulator.require_closed()
+            if n_batches == n_done + 1 > 1 and bool(accumulator.edited) != bool(edited):
+                raise self._other_run(
+                    number, f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}"
+                )
+            accumulator.edited |= edited
             if self.state is not None and time.monotonic() - saved_at >= self.save_every:
                 self._save(number, accumulator, n_batches, seen.hexdigest())
                 saved_at = time.monotonic()
+        accumulator.edited |= edited
         if n_batches < n_done:
             raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
         if self.state is not None and n_batches > n_done:
             self._save(number, accumulator, n_batches, seen.hexdigest())
-        source = self.corpus.source
-        fingerprint = source.fingerprint if isinstance(source, TokenBatches) else seen.hexdigest()
-        return contributions_of(accumulator, corpus=[self.corpus.description], fingerprints=[fingerprint])
+        return contributions_of(
+            accumulator, corpus=[self.corpus.description], fingerprints=[seen.hexdigest()], copy=False
+        )
 
     def _file(self, number: int) -> Path:
         assert self.state is not None
@@ -240,7 +273,7 @@ class Run:
             "model": cfg.model_name,
             "revision": cfg.revision,
             "dtype": str(cfg.dtype),
-            "weights": _weights_digest(self.model),
+            "weights": weights_fingerprint(self.model),
             "moe_lens": version("moe-lens"),
             "receivers": list(self.plan.chunks[number]),
             **self.settings,
@@ -251,16 +284,17 @@ class Run:
             return  # so far there was nothing but BOS, which is left out
         arrays: dict[str, Tensor] = {}
         results = {}
-        for by, result in contributions_of(accumulator).items():
+        for by, result in contributions_of(accumulator, copy=False).items():
             of_result, results[by] = result.to_arrays()
             arrays |= {f"{by}/{name}": array for name, array in of_result.items()}
         facts = {"run": self._identity(number), "batches": n_batches, "digest": digest, "results": results}
         write_atomically(self._file(number), arrays, facts)
 
-    def _restore(self, number: int, accumulator: ContributionAccumulator) -> tuple[int, str]:
-        """Put the accumulator where its state left it: how many batches it has seen, and their digest."""
+    def _restore(self, number: int, accumulator: ContributionAccumulator) -> tuple[int, str, set[str]]:
+        """Put the accumulator where its state left it: how many batches it has seen, their digest, and which hook
+        points were edited meanwhile."""
         if self.state is None or not self._file(number).exists():
-            return 0, ""
+            return 0, "", set()
         arrays, facts = read_arrays(self._file(number))
         saved, now = facts.get("run", {}), self._identity(number)
         for name in [*now, *(saved.keys() - now.keys())]:
@@ -282,28 +316,14 @@ class Run:
             tally.n_documents, tally.n_tokens = result.n_documents, result.n_tokens
             tally.completeness_error = result.completeness_error
             tally.rounding_ratio = result.rounding_ratio
-        return facts["batches"], facts["digest"]
+            tally.model_logit_difference = result.model_logit_difference
+        edited = next(iter(facts["results"].values()))["provenance"]["edited"]
+        return facts["batches"], facts["digest"], set(edited)
 
     def _other_run(self, number: int, problem: str) -> ValueError:
         return ValueError(
             f"the state {str(self._file(number))!r} is of another run: {problem}; name another file, or delete this one"
         )
-
-
-def _digest(seen: Any, tokens: Tokens, mask: Mask | None) -> None:
-    """A batch's tokens and which are real, into a digest."""
-    real = real_tokens(tokens, mask)
-    seen.update(repr(tuple(tokens.shape)).encode())
-    seen.update(tokens.masked_fill(~real, -1).long().cpu().numpy().tobytes())
-
-
-def _weights_digest(model: HookedMoE) -> str:
-    """Of a few numbers of every parameter: two checkpoints under one name are told apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-        digest.update(name.encode() + few.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
@@ -315,7 +335,7 @@ def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
     for chunk in chunks:
         offsets.append(offsets[-1] + len(chunk.receivers))
     firsts, moments = [], {key: [] for key in last.moments}
-    for i, group in enumerate(last.senders.groups):
+    for group in last.senders.groups:
         with_group = [
             (offset, chunk, chunk.senders.groups.index(group))
             for offset, chunk in zip(offsets, chunks, strict=False)
@@ -324,8 +344,10 @@ def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
         offset, chunk, place = with_group[0]
         firsts.append(offset + chunk.firsts[place])
         for key in moments:
+            # Each part is let go as it is joined, so that no second copy of everything is held.
             parts = [chunk.moments[key][place] for _, chunk, place in with_group]
-            assert all(torch.equal(part.count, parts[0].count) for part in parts), i
+            for _, chunk, place in with_group:
+                chunk.moments[key][place] = _NOTHING
             moments[key].append(
                 Moments.of(
                     parts[0].count,
@@ -341,4 +363,8 @@ def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
         moments=moments,
         completeness_error=max(chunk.completeness_error for chunk in chunks),
         rounding_ratio=max(ratios) if ratios else None,
+        model_logit_difference=max(chunk.model_logit_difference for chunk in chunks),
     )
+
+
+_NOTHING = Moments(0, 0, 0)

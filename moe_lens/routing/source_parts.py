@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.routing.documents import POSITIONS
-from moe_lens.routing.measures import CHUNK, MEASURES, SCALE_POWERS, score_measures
+from moe_lens.routing.measures import MEASURES, SCALE_POWERS, chunk_size, score_measures
 from moe_lens.routing.parts import DocumentSummer, DocumentSums, Measuring, Routed, Rows
 from moe_lens.routing.senders import SourceAxis
 
@@ -61,6 +61,7 @@ class SourcePart:
         first: int,
         measuring: Measuring,
     ):
+        _check_pattern(pattern)
         self.first, self.measuring = first, measuring
         self.pattern, self.real = pattern, real
         self.n_sources, self.source_axis = n_sources, source_axis
@@ -184,7 +185,7 @@ class SourcePart:
         receivers = slice(self.first, None)
         places, n_positions = self._places(), self.real.shape[1]
         per_query = n_positions * self.n_heads * n_receivers * self.scores.shape[-1]
-        step = max(1, CHUNK // per_query)
+        step = max(1, chunk_size(self.real.device) // per_query)
         heads = torch.arange(self.n_heads, device=self.real.device)
         for row in range(len(self.real)):
             columns = self.real[row].nonzero()[:, 0]
@@ -217,3 +218,22 @@ class SourcePart:
             )
             summer.add(rows.tokens, rows.senders, self.measuring.measured(rows, routed, receivers))
         return summer.result(self._exists())
+
+
+def _check_pattern(pattern: Float[Tensor, "batch head query key"]) -> None:
+    """What is done here holds for attention weights: never negative, and 0 for what comes after the query. A hook may
+    have made them otherwise.
+
+    Raises:
+        ValueError: it has.
+    """
+    if bool((pattern < 0).any()):
+        raise ValueError(
+            "by='source' needs attention weights that are not negative; a hook has edited hook_pattern"
+        )
+    later = pattern.triu(diagonal=1)
+    # What is not finite is refused as such.
+    if bool((later.isfinite() & (later != 0)).any()):
+        raise ValueError(
+            "by='source' needs attention that sees no later token; a hook has edited hook_pattern or its scores"
+        )

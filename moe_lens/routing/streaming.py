@@ -8,6 +8,7 @@ listens to anything but hook points, and nothing grows with the corpus.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -22,8 +23,10 @@ from moe_lens.routing.components import ComponentReader, Read
 from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments, position_classes, real_tokens
 from moe_lens.routing.measures import normalised_lengths
 from moe_lens.routing.parts import DocumentSums, Measuring, Part, Readouts, Routed, TokenPart
+from moe_lens.routing.provenance import edit_counts
 from moe_lens.routing.rank_shift import choice_of
 from moe_lens.routing.readout import check_receiver, stacked_readouts
+from moe_lens.routing.result import COMPLETENESS_TOLERANCE
 from moe_lens.routing.rounding import StreamSum, stream_rounds
 from moe_lens.routing.senders import (
     ROUNDING,
@@ -41,6 +44,10 @@ Experts = Literal["all", "selected"] | Sequence[int]
 # At how many tokens of a batch a float32 sum over neurons is checked; see `ContributionAccumulator`.
 NEURON_CHECKS = 16
 
+# In half precision the bound on rounding is made for sums in float32; kernels that round on the way exceed it by a
+# little. A sender that is missing exceeds it a hundredfold.
+FAR_BEYOND_ROUNDING = 16
+
 
 class Tally:
     """What one granularity has gathered so far.
@@ -50,7 +57,7 @@ class Tally:
         firsts: for each group of them, the place of the first receiver that it reaches.
         moments: for each position class and population, those of every group, from its first receiver on.
         n_documents, n_tokens: of each position class.
-        completeness_error, rounding_ratio: the largest so far.
+        completeness_error, rounding_ratio, model_logit_difference: the largest so far.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Tally:
         self.n_tokens: dict[str, int] = dict.fromkeys(POSITIONS, 0)
         self.completeness_error = 0.0
         self.rounding_ratio: float | None = None
+        self.model_logit_difference = 0.0
 
     def add(self, group: int, part: Part, routed: Routed) -> None:
         """The sums of one group of senders, to its means over documents."""
@@ -147,13 +155,14 @@ class ContributionAccumulator:
         self.max_positions = max_positions or 0
 
         readouts = stacked_readouts(model, self.receivers)
-        self._full = readouts
         if self.experts is not None:
             readouts = readouts[:, list(self.experts)]
         gains = torch.stack([model.blocks[r].ln2.w.detach().float() for r in self.receivers])  # type: ignore[union-attr]
         self._readouts = Readouts(readouts, gains)
         self._rounds = stream_rounds(model.cfg.dtype)
-        device = model.cfg.device if model.cfg.device.type != "mps" else torch.device("cpu")
+        self.edited: set[str] = set()
+        """Hook points at which others edited a value during the passes so far."""
+        device = model.cfg.device
         self.tallies: dict[Granularity, Tally] = {}
         self._readers: dict[tuple[str, str], ComponentReader] = {}
         for granularity in self.by:
@@ -170,6 +179,27 @@ class ContributionAccumulator:
                 len(self.receivers),
                 device,
             )
+
+    def require_closed(self) -> None:
+        """Refuse to go on where the senders are not what the routers read.
+
+        Raises:
+            ValueError: sums miss the logits by more than 1e-4 of the largest; or in half precision, where `rounding`
+                closes every sum, it is many times what rounding can be.
+        """
+        for by, tally in self.tallies.items():
+            ratio = tally.rounding_ratio or 0.0
+            if tally.completeness_error > COMPLETENESS_TOLERANCE or ratio > FAR_BEYOND_ROUNDING:
+                what = (
+                    f"what is left over is {ratio:.0f} times as large as rounding can be"
+                    if ratio > FAR_BEYOND_ROUNDING
+                    else f"their scores miss the logits by {tally.completeness_error:.1e} of the largest"
+                )
+                raise ValueError(
+                    f"the senders by {by} are not what the routers read: {what}. A hook that edits the stream "
+                    f"itself (hook_resid_pre, hook_resid_mid, hook_resid_post) does this, or one that edits a "
+                    f"component after it was read; allow_incomplete=True measures the senders all the same"
+                )
 
     @property
     def measured_experts(self) -> str | list[int]:
@@ -215,9 +245,11 @@ class ContributionAccumulator:
         """
         tokens = tokens.to(self.model.cfg.device)
         batch = _Pass(self, tokens, real_tokens(tokens, mask))
+        before = edit_counts(self.model)
         with self.model.hooks(batch.hooks()):
             yield
         batch.finish()
+        self.edited |= {name for name, count in edit_counts(self.model).items() if count > before[name]}
 
 
 class _Pass:
@@ -261,6 +293,7 @@ class _Pass:
         self.errors: dict[Granularity, float] = {}
         self.ratios: dict[Granularity, float] = {}
         self.finite = True
+        self.difference = 0.0
         self.scales: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.chosen: list[Tensor] = []
@@ -286,8 +319,11 @@ class _Pass:
                 (at + "hook_resid_mid", lambda value, hook, i=place: self._stream_seen(i, value)),
                 (at + "ln2.hook_scale", lambda value, hook, i=place: self._scale_known(i, value)),
             ]
+            hooks.append(
+                (at + "mlp.hook_router_logits", lambda value, hook, i=place: self._gate_ran(i, value))
+            )
             if self.owner.measuring.selected:
-                hooks.append((at + "mlp.hook_expert_indices", lambda value, hook: self._chose(value)))
+                hooks.append((at + "mlp.hook_expert_indices", self._chose))
         return hooks
 
     def _capture(self, value: Tensor, hook: torch.nn.Module) -> None:
@@ -324,7 +360,7 @@ class _Pass:
         self.expected = vectors @ readouts.rows[0].T
         self.got = {by: self.sums[by][:, place] for by in owner.by}
         if owner.measuring.rank_shift:
-            self.logits.append(vectors @ owner._full[place].T)
+            self.logits.append(self.expected)
         for by, so_far in self.streams.items():
             rounding = so_far.rounding(stream).flatten(0, 1)
             scores = rounding @ readouts.flat.T
@@ -343,8 +379,22 @@ class _Pass:
         self.finite &= bool((self.expected / flat)[self.real.flatten()].isfinite().all())
         self.scales.append(flat[:, 0])
 
-    def _chose(self, indices: Int[Tensor, "batch pos k"]) -> None:
-        self.chosen.append(indices.detach().flatten(0, 1))
+    def _gate_ran(self, place: int, logits: Float[Tensor, "batch pos expert"]) -> None:
+        """What the gate made of the same stream, in its own arithmetic (or a hook's)."""
+        model_logits = logits.detach().float().flatten(0, 1)
+        if self.owner.experts is not None:
+            model_logits = model_logits[:, list(self.owner.experts)]
+        difference = (self.expected / self.scales[place][:, None] - model_logits)[self.real.flatten()]
+        self.difference = max(self.difference, float(difference.abs().max()))
+
+    def _chose(self, indices: Int[Tensor, "batch pos k"], hook: torch.nn.Module) -> None:
+        chosen = indices.detach().flatten(0, 1)
+        if self.chosen and chosen.shape != self.chosen[0].shape:
+            raise ValueError(
+                f"{hook.name} chooses {chosen.shape[1]} experts and an earlier router {self.chosen[0].shape[1]}: "  # type: ignore[attr-defined]
+                f"experts='selected' needs as many at each"
+            )
+        self.chosen.append(chosen)
 
     def finish(self) -> None:
         """Add the pass to the means, if it was a whole one with finite scores."""
@@ -373,6 +423,7 @@ class _Pass:
                     part = self.parts[group.component, group.kind]
                 tally.add(place, part, routed)
             tally.completeness_error = max(tally.completeness_error, self.errors[by])
+            tally.model_logit_difference = max(tally.model_logit_difference, self.difference)
             if by in self.ratios:
                 tally.rounding_ratio = max(tally.rounding_ratio or 0.0, self.ratios[by])
             for position, member in routed.classes.items():
@@ -394,9 +445,10 @@ def check_receivers(model: HookedMoE, receivers: Sequence[int] | None) -> tuple[
     Raises:
         ValueError: one that is no MoE layer, or not in rising order.
     """
-    chosen = tuple(model.cfg.moe_layers if receivers is None else receivers)
-    for receiver in chosen:
+    chosen = tuple(
         check_receiver(model, receiver)
+        for receiver in (model.cfg.moe_layers if receivers is None else receivers)
+    )
     if not chosen or list(chosen) != sorted(set(chosen)):
         raise ValueError(f"receivers must be layers in rising order, each once, not {chosen}")
     return chosen
@@ -408,18 +460,24 @@ def check_experts(model: HookedMoE, experts: Experts, *, rank_shift: bool) -> tu
     Raises:
         ValueError: no such expert, one that comes twice, or ranks among some experts only.
     """
-    if experts in ("all", "selected"):
-        return None
-    if isinstance(experts, str) or not len(experts) or len(set(experts)) < len(experts):
+    if isinstance(experts, str):
+        if experts in ("all", "selected"):
+            return None
         raise ValueError(f"experts={experts!r} must be 'all', 'selected', or a list of experts, each once")
-    wrong = [e for e in experts if isinstance(e, bool) or e not in range(model.cfg.n_experts)]
+    try:
+        chosen = tuple(-1 if isinstance(e, bool) else operator.index(e) for e in experts)
+    except TypeError as error:
+        raise ValueError(f"there is no expert such as in {experts!r}: {error}") from error
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"experts={list(chosen)} must be 'all', 'selected', or a list of experts, each once")
+    wrong = [e for e in chosen if e not in range(model.cfg.n_experts)]
     if wrong:
         raise ValueError(
             f"there is no expert {wrong[0]!r}; {model.cfg.model_name} has {model.cfg.n_experts} a layer"
         )
     if rank_shift:
         raise ValueError("ranks are among all experts: rank_shift=True needs experts='all' or 'selected'")
-    return tuple(experts)
+    return chosen
 
 
 def _check_documents(real: Bool[Tensor, "batch pos"], max_positions: int) -> None:
