@@ -30,6 +30,7 @@ from moe_lens.routing.counterfactuals import without_senders
 from moe_lens.routing.decision import Decision
 from moe_lens.routing.explanation_text import summary_of
 from moe_lens.routing.rank_shift import ranks
+from moe_lens.routing.result import COMPLETENESS_TOLERANCE
 from moe_lens.routing.rounding import rounding_bound, unit_roundoff
 from moe_lens.routing.senders import ROUNDING, SenderGroup
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _AT_ONCE = 256
-MOST_ERROR = 1e-4
-"""The largest completeness error of senders that add up."""
 
 
 class PresentSender(NamedTuple):
@@ -122,7 +121,7 @@ class Explanation:
         """Whether the scores sum to what they should: `completeness_error` is at most 1e-4, and in half precision
         `rounding_ratio` at most 1. Otherwise the stream holds what none of the senders wrote, and `summary` says so."""
         rounds = self.rounding_ratio is None or self.rounding_ratio <= 1
-        return rounds and self.completeness_error <= MOST_ERROR
+        return rounds and self.completeness_error <= COMPLETENESS_TOLERANCE
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
