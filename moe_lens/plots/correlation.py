@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 
 from moe_lens.plots.labels import label_points
 from moe_lens.plots.style import CATEGORIES, INK, Scale, fit_axis, lay_out, lay_out_chart, plus_minus
-from moe_lens.plots.values import check_by, check_log, of_tokens, table, unit, with_unit
+from moe_lens.plots.values import check_by, check_log, of_tokens, table, with_unit
+from moe_lens.routing.measures import UNITS
 from moe_lens.routing.queries import RankCorrelation, variance_rank_correlation
 from moe_lens.routing.result import RoutingContributions
 
@@ -58,8 +59,8 @@ def rank_correlation(
         f"{name}<br>variance {v}<br>AARV {a}"
         for name, v, a in zip(
             names,
-            plus_minus(variance, variance_errors, unit("variance")),
-            plus_minus(aarv, aarv_errors, unit("aarv")),
+            plus_minus(variance, variance_errors, UNITS["variance"]),
+            plus_minus(aarv, aarv_errors, UNITS["aarv"]),
             strict=True,
         )
     ]

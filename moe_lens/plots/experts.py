@@ -25,9 +25,9 @@ from moe_lens.plots.values import (
     influence,
     of_tokens,
     table,
-    unit,
     with_unit,
 )
+from moe_lens.routing.measures import UNITS
 from moe_lens.routing.result import RoutingContributions
 
 
@@ -161,7 +161,7 @@ def _line(
 ) -> go.Scatter:
     there = np.flatnonzero(~np.isnan(values[sender]))
     y, error = values[sender, there], errors[sender, there]
-    shown = plus_minus(y, error, unit(measure))
+    shown = plus_minus(y, error, UNITS[measure])
     name = contributions.senders[sender]
     return go.Scatter(
         x=there,

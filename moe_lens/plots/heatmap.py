@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from moe_lens.plots.style import BLANK, Scale
-from moe_lens.plots.values import colours, unit
+from moe_lens.plots.values import colours
+from moe_lens.routing.measures import UNITS
 
 Cells = Float[np.ndarray, "row column"]
 
@@ -39,6 +40,7 @@ def measure_heatmap(
     if scale == "log":
         z = np.full(cells.shape, np.nan)
         np.log10(cells, out=z, where=cells > 0)
+    unit = f" {UNITS[measure]}".rstrip()
     error = "" if np.isnan(errors).all() else " ± %{customdata[1]:.2g}"
     text = None if names is None else [list(row) for row in names]
     shared = dict(x=list(columns), y=list(rows), text=text, xgap=1, ygap=1, hoverongaps=False)
@@ -46,7 +48,7 @@ def measure_heatmap(
         go.Heatmap(
             z=z,
             customdata=np.stack([cells, errors], axis=-1),
-            hovertemplate=f"{what}<br>%{{customdata[0]:.4g}}{error} {unit(measure)}<extra></extra>",
+            hovertemplate=f"{what}<br>%{{customdata[0]:.4g}}{error}{unit}<extra></extra>",
             **shared,
             **coloured,
         )
@@ -57,7 +59,7 @@ def measure_heatmap(
                 z=np.where(cells == 0, 0.0, np.nan),
                 colorscale=[[0, BLANK], [1, BLANK]],
                 showscale=False,
-                hovertemplate=f"{what}<br>0 {unit(measure)}: no logarithm<extra></extra>",
+                hovertemplate=f"{what}<br>0{unit}: no logarithm<extra></extra>",
                 **shared,
             )
         )
