@@ -58,6 +58,11 @@ details summary { cursor: pointer; color: var(--muted); margin: 8px 0; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 """
 
+MEASURES_NOTE = (
+    "Measures as in “Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs” (ICLR 2026): means "
+    "over a document's tokens, then over documents; the lead token of each document is kept apart."
+)
+
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -137,3 +142,18 @@ def stripes_html(contributions: RoutingContributions) -> str:
             f'<div class="figures{pair}">{"".join(figures)}</div>',
         ]
     return "\n".join(parts)
+
+
+def closing_html(result: RoutingContributions) -> str:
+    """How well the scores summed to the logits; in half precision, where `rounding` closes every sum, also whether
+    it is no larger than it can be."""
+    sums = f"The scores sum to every router's logits to {result.completeness_error:.1e} of the largest."
+    ratio = result.rounding_ratio
+    if ratio is not None:
+        sums += (
+            f" In half precision that is no proof, because what the stream lost at its additions is a sender too, "
+            f"<code>rounding</code>; but rounding is at most {ratio:.2g} of what rounding can be."
+        )
+    if not result.closes:
+        sums += ' <b class="bad">So the senders are not all that the routers read.</b>'
+    return sums

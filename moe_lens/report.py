@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_lens.audit.checks import Check
 from moe_lens.demo import COMPLETENESS_TOLERANCE, DemoResult
-from moe_lens.page import HOW_TO_READ, figure_html, page_html, stripes_html, table, write_page
+from moe_lens.page import HOW_TO_READ, MEASURES_NOTE, figure_html, page_html, stripes_html, table, write_page
 from moe_lens.plots import MEASURE_NAMES, UNITS, load_heatmap
 from moe_lens.routing_page import routing_css, routing_section
 
@@ -147,6 +147,5 @@ def _facts_section(result: DemoResult) -> str:
     return f"""<h2>Model and corpus</h2>
 <dl class="facts">{listed}</dl>
 <details><summary>All documents</summary>{documents}</details>
-<p class="note">Measures as in “Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs”
-(ICLR 2026): means over a document's tokens, then over documents. Hover over a cell for its standard error over
-documents; it is zero at the lead token where all documents begin with the same one.</p>"""
+<p class="note">{MEASURES_NOTE} Hover over a cell for its standard error over documents; it is zero at the lead token
+where all documents begin with the same one.</p>"""

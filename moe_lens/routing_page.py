@@ -14,12 +14,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from moe_lens.corpus import TokenBatches
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.page import figure_html, page_html, stripes_html, table, write_page
-from moe_lens.plots import MEASURE_NAMES, POSITION_NAMES, UNITS
+from moe_lens.page import MEASURES_NOTE, closing_html, figure_html, page_html, stripes_html, table, write_page
+from moe_lens.plots import MEASURE_NAMES, POSITION_NAMES, UNITS, expert_lines, own_block_head_map
+from moe_lens.plots.values import influence
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing_page_data import RoutingDecisions, routing_decisions
 
@@ -67,6 +69,8 @@ def write_routing_page(
 # ---- what a corpus says ----
 
 _N_TOP = 6
+# What a granularity divides components into.
+_PARTS = {"head": "heads", "source": "pairs of head and source", "expert": "experts", "neuron": "neurons"}
 # The tables of a granularity: measure and position class, the first of them open.
 _TABLES = (
     ("variance", "rest"),
@@ -107,33 +111,30 @@ def contributions_page_html(
         raise ValueError("there are no results to show")
     first = next(iter(results.values()))
     name = str(first.provenance["model"])
-    sections = [_granularity_section(result) for result in results.values()]
+    has_wholes = any(result.by == "layer" for result in results.values())
+    sections = [_granularity_section(result, has_wholes) for result in results.values()]
     if routing is not None:
         sections.append(routing_section(routing))
+    n_tokens = sum(first.n_tokens.values())
     body = f"""<h1>What moves the routers of {escape(name)}</h1>
 <p class="lead">Every router's scores, taken apart exactly into what earlier components wrote, as means over
-{first.n_documents["lead"]:,} documents, {sum(first.n_tokens.values()):,} tokens in all.</p>
+{first.n_documents["lead"]:,} documents, {n_tokens:,} tokens in all. The lead token of each document is kept apart, on
+scales of its own.</p>
 {"".join(sections)}
 {_provenance_section(first)}"""
     return page_html(f"Routing of {name}", body, css=routing_css())
 
 
-def _granularity_section(result: RoutingContributions) -> str:
-    error = f"{result.completeness_error:.1e}"
+def _granularity_section(result: RoutingContributions, has_wholes: bool) -> str:
+    """A granularity's part; `has_wholes` if another one has whole components."""
     parts = [
         f"<h2>Senders by {escape(result.by)}</h2>",
-        f"<p>{len(result.senders):,} senders, {len(result.receivers):,} routers. The scores sum to every router's "
-        f"logits to {error} of the largest.</p>",
+        f"<p>{len(result.senders):,} senders, {len(result.receivers):,} routers. {closing_html(result)}</p>",
         _figures(result),
     ]
-    # Where there are very many senders, one table is slow enough.
-    tables = _TABLES[:1] if result.by == "neuron" else _TABLES
-    for i, (measure, position) in enumerate((m, p) for m, p in tables if m in result.measures):
-        title = f"{MEASURE_NAMES.get(measure, measure)}, {POSITION_NAMES[position]}"
-        parts.append(
-            f"<details{'' if i else ' open'}><summary>The largest senders of each router: {escape(title)}</summary>"
-            f"{_top_table(result, measure, position)}</details>"
-        )
+    parts += _top_tables(result, _parts_of(result), _PARTS.get(result.by, "senders"))
+    if result.by != "layer" and not has_wholes:
+        parts += _top_tables(result, ~_parts_of(result), "whole components")
     return "\n".join(parts)
 
 
@@ -142,31 +143,50 @@ def _figures(result: RoutingContributions) -> str:
         return stripes_html(result)
     drawn = []
     if result.by == "head":
-        from moe_lens.plots import own_block_head_map
-
         drawn = [own_block_head_map(result, "variance", position) for position in ("rest", "lead")]
     elif result.by == "expert":
-        from moe_lens.plots import expert_lines
-
         drawn = [expert_lines(result, measure="variance", position=position) for position in ("rest", "lead")]
     return f'<div class="figures">{"".join(map(figure_html, drawn))}</div>' if drawn else ""
 
 
-def _top_table(result: RoutingContributions, measure: str, position: str) -> str:
+def _parts_of(result: RoutingContributions) -> np.ndarray:
+    """Which senders are parts of a component, and so what this granularity adds; by layer, all are."""
+    kinds = [(group.kind != "whole" or result.by == "layer", len(group)) for group in result.senders.groups]
+    return np.concatenate([np.full(n, is_part) for is_part, n in kinds])
+
+
+def _top_tables(result: RoutingContributions, among: np.ndarray, what: str) -> list[str]:
+    # Where there are very many senders, one table is slow enough.
+    tables = _TABLES[:1] if result.by in ("neuron", "source") else _TABLES
+    parts = []
+    for i, (measure, position) in enumerate((m, p) for m, p in tables if m in result.measures):
+        title = f"{MEASURE_NAMES[measure]}, {POSITION_NAMES[position]}"
+        parts.append(
+            f"<details{'' if i else ' open'}><summary>The largest {what} at each router: {escape(title)}</summary>"
+            f"{_top_table(result, measure, position, among)}</details>"
+        )
+    return parts
+
+
+def _top_table(result: RoutingContributions, measure: str, position: str, among: np.ndarray) -> str:
+    values = result.measure(measure)[position]
+    sizes = np.where(among[:, None], influence(measure, values), np.nan)
     rows = []
-    for receiver in result.receivers:
-        top = result.top(receiver, measure, _N_TOP, position=position)
-        named = [f"{s} {m:.3g}" for s, m in zip(top["sender"], top[measure], strict=True)]
-        rows.append([receiver, *named, *[""] * (_N_TOP - len(named))])
-    unit = f" ({UNITS[measure]})" if measure in UNITS else ""
-    head = ["router", f"largest{unit}", *(f"{place}" for place in range(2, _N_TOP + 1))]
-    return table(head, rows)
+    for column, receiver in enumerate(result.receivers):
+        there = np.flatnonzero(~np.isnan(sizes[:, column]))
+        best = there[np.argsort(-sizes[there, column], kind="stable")[:_N_TOP]]
+        named = [f"{result.senders[int(i)]} {values[i, column]:.3g}" for i in best]
+        rows.append([receiver, *(named or ["none comes before it"]), *[""] * (_N_TOP - max(len(named), 1))])
+    place = "smallest" if measure == "overlap" else "largest"
+    unit = f" ({UNITS[measure]})" if UNITS[measure] else ""
+    return table(["router", f"{place}{unit}", *(str(i) for i in range(2, _N_TOP + 1))], rows)
 
 
 def _provenance_section(result: RoutingContributions) -> str:
-    corpus = result.provenance["corpus"]
-    facts = {**result.provenance, "corpus": "; ".join(map(str, corpus))}
-    facts["fingerprints"] = ", ".join(map(str, result.provenance["fingerprints"]))
+    facts = {
+        name: "; ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in result.provenance.items()
+    }
     listed = "".join(
         f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd>"
         for name, value in facts.items()
@@ -174,8 +194,7 @@ def _provenance_section(result: RoutingContributions) -> str:
     )
     return f"""<h2>What this is of</h2>
 <dl class="facts">{listed}</dl>
-<p class="note">Measures as in “Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs”
-(ICLR 2026): means over a document's tokens, then over documents; the lead token of each document is kept apart.</p>"""
+<p class="note">{MEASURES_NOTE}</p>"""
 
 
 @cache

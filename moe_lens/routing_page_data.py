@@ -62,6 +62,7 @@ class RoutingDecisions:
         n_positions: how many positions of all documents together.
         quantisation_error: the largest |stored - exact score|, in logits.
         completeness_error: the largest of `RouterLogitAttrs.completeness_error`, of the scores before they are stored.
+        rounding_ratio: likewise; None in float32.
         model_logit_difference: likewise, in logits.
     """
 
@@ -72,6 +73,7 @@ class RoutingDecisions:
     n_positions: int
     quantisation_error: float
     completeness_error: float
+    rounding_ratio: float | None
     model_logit_difference: float
 
 
@@ -120,7 +122,9 @@ def routing_decisions(
     errors = _Errors()
     for row, document in zip(plan.rows, payload["documents"], strict=True):
         _fill(plan, row.tokens[: plan.n_positions], document, errors)
-    payload["errors"] = {name: float(f"{value:.3g}") for name, value in errors._asdict().items()}
+    payload["errors"] = {
+        name: None if value is None else float(f"{value:.3g}") for name, value in vars(errors).items()
+    }
     text = _json(payload)
     assert len(text) <= byte_budget
     return RoutingDecisions(
@@ -131,6 +135,7 @@ def routing_decisions(
         n_positions=sum(min(len(row.tokens), plan.n_positions) for row in plan.rows),
         quantisation_error=errors.quantisation,
         completeness_error=errors.completeness,
+        rounding_ratio=errors.rounding,
         model_logit_difference=errors.model_logits,
     )
 
@@ -358,13 +363,13 @@ class _Errors:
 
     def __init__(self) -> None:
         self.quantisation = self.completeness = self.model_logits = 0.0
+        self.rounding: float | None = None
 
     def seen(self, attrs: RouterLogitAttrs) -> None:
         self.completeness = max(self.completeness, attrs.completeness_error)
         self.model_logits = max(self.model_logits, attrs.model_logit_difference)
-
-    def _asdict(self) -> dict[str, float]:
-        return dict(self.__dict__)
+        if attrs.rounding_ratio is not None:
+            self.rounding = max(self.rounding or 0.0, attrs.rounding_ratio)
 
 
 def _fill(plan: _Plan, tokens: Int[Tensor, " pos"], document: dict[str, Any], errors: _Errors) -> None:

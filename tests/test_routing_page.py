@@ -237,6 +237,8 @@ def test_half_precision_has_rounding(checkpoint: Callable[[str], Path]) -> None:
     decisions = routing_decisions(model, corpus())
     assert decisions.completeness_error <= 1e-5
     assert decisions.model_logit_difference > 0
+    assert decisions.rounding_ratio is not None
+    assert 0 < decisions.rounding_ratio <= 1
     page = Page(json.loads(decisions.json))
     for by in ("layer", "head", "expert"):
         attrs, _ = exact(model, corpus()[0], 2, by)
@@ -465,7 +467,7 @@ const press = (list, key) => {
 };
 press("tokens", "ArrowRight"); press("tokens", "End"); press("tokens", "ArrowRight"); press("tokens", "Home");
 press("tokens", "ArrowDown"); press("tokens", "ArrowUp");
-press("experts", "ArrowDown"); press("experts", "ArrowUp");
+press("experts", "ArrowDown"); press("experts", "ArrowUp"); press("experts", "End"); press("experts", "Home");
 document.querySelector("#rp-by [data-value=head]").click(); log.push(location.hash.slice(1));
 document.getElementById("rp-document").value = "1";
 document.getElementById("rp-document").dispatchEvent(new Event("change")); log.push(location.hash.slice(1));
@@ -485,15 +487,31 @@ def test_keys_and_clicks(model_of: Callable[[str], Any], tmp_path: Path) -> None
     steps = [dict(parse_qsl(entry.split("|")[0])) for entry in log]
     positions = [int(step["pos"]) for step in steps]
     assert positions[:4] == [4, n - 1, n - 1, 0]
-    assert all(entry.endswith("|true") for entry in log[:8])
+    assert all(entry.endswith("|true") for entry in log[:10])
     # Down goes to another row, and up from there back to the first.
     below, above = positions[4:6]
     assert 0 <= above <= below
-    ranks_shown = [int(entry.split("|")[1]) for entry in log[:8]]
+    ranks_shown = [int(entry.split("|")[1]) for entry in log[:10]]
     assert ranks_shown[7] in (ranks_shown[6] - 1, ranks_shown[5])
-    assert [step["by"] for step in steps[7:]] == ["layer", "head", "head", "head"]
-    assert [step["doc"] for step in steps[8:]] == ["0", "1", "1"]
+    assert ranks_shown[8:] == [8, 1]
+    assert [step["by"] for step in steps[9:]] == ["layer", "head", "head", "head"]
+    assert [step["doc"] for step in steps[10:]] == ["0", "1", "1"]
     assert positions[-1] == 5
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
+def test_page_says_how_large_rounding_is(
+    checkpoint: Callable[[str], Path], model_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    from moe_lens import HookedMoE
+
+    half = HookedMoE.from_pretrained(checkpoint("olmoe_bf16"), device="cpu", verbose=False)
+    path = write_routing_page(half, corpus(1), tmp_path / "half.html")
+    note = in_browser(path, tmp_path / "profile", doc=0, pos=3, layer=1).text["rp-note"]
+    ratio = routing_decisions(half, corpus(1)).rounding_ratio
+    assert f"rounding is at most {ratio:.2f} of what rounding can be." in note
+    path = write_routing_page(model_of("olmoe"), corpus(1), tmp_path / "single.html")
+    assert "rounding" not in in_browser(path, tmp_path / "profile", doc=0, pos=3).text["rp-note"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")

@@ -379,11 +379,16 @@
   }
 
   function drawNote() {
-    const { quantisation, completeness, model_logits: gate } = data.errors;
+    const { quantisation, completeness, rounding, model_logits: gate } = data.errors;
     let text = "Before they were stored, the scores summed to every router's logits to " + tiny(completeness)
       + " of the largest logit. They are stored as 16-bit integers with a scale for each router and token, which moved "
       + "none by more than " + tiny(quantisation) + " logits; logits and weights are float32. The model's own gate gives "
       + "logits within " + tiny(gate) + " of these.";
+    if (rounding !== null) {
+      text += " In half precision the sums are no proof, because what the stream lost at its additions is a sender too, "
+        + "“rounding”; but rounding is at most " + plainNumber(rounding) + " of what rounding can be"
+        + (rounding <= 1 ? "." : ", so the senders are not all that the routers read.");
+    }
     const left = data.left_out.map((by) => "senders by " + by);
     if (data.n_dropped) left.push(data.n_dropped + (data.n_dropped === 1 ? " document" : " documents"));
     const limit = " (these data may take " + (data.budget / 1e6).toPrecision(2) + " MB)";
@@ -495,7 +500,7 @@
     chips[pos].focus();
   });
   part("experts").addEventListener("keydown", (event) => {
-    const way = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    const way = { ArrowUp: -1, ArrowDown: 1, Home: -N, End: N }[event.key];
     if (!way || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     const { order, rank } = decide(state.doc, state.place, state.pos, state.expert, "layer");
