@@ -137,6 +137,24 @@ def test_log_stripes(of: Callable[[str], Results]) -> None:
         plots.stripes(result, "norm", scale="square")  # type: ignore[arg-type]
 
 
+def test_rounding_does_not_stretch_a_log_scale(checkpoint: Callable[[str], Any]) -> None:
+    from moe_lens import HookedMoE
+
+    half = HookedMoE.from_pretrained(checkpoint("olmoe_bf16"), device="cpu", verbose=False)
+    result = routing_contributions(
+        half, ["The router sends every token to the experts that score it highest."]
+    )
+    variance = result.variance["rest"]
+    others = variance[:-1][variance[:-1] > 0]
+    assert result.senders[-1] == "rounding"
+    assert np.nanmax(variance[-1]) < others.min()
+    heat = plots.stripes(result, "variance", scale="log").data[0]  # type: ignore[attr-defined]
+    assert heat.zmin == pytest.approx(np.log10(others.min()))
+    assert heat.zmax == pytest.approx(np.log10(others.max()))
+    alone = plots.stripes(result, "variance", scale="log", senders="rounding").data[0]  # type: ignore[attr-defined]
+    assert alone.zmax == pytest.approx(np.log10(np.nanmax(variance[-1])))
+
+
 def test_some_senders(of: Callable[[str], Results]) -> None:
     layer, head = of("qwen2_moe")["layer"], of("qwen2_moe")["head"]
     assert list(only(plots.stripes(layer, "variance", senders="attention")).x) == ["A0", "A1", "A2"]

@@ -25,6 +25,7 @@ def measure_heatmap(
     what: str,
     names: Sequence[Sequence[str]] | None = None,
     partner: Cells | None = None,
+    scaled: Cells | None = None,
     scale: Scale = "linear",
 ) -> go.Figure:
     """Rows from the first at the top, as the stream passes them; still to be laid out.
@@ -33,9 +34,10 @@ def measure_heatmap(
         what: the hover's first line, a template of `%{x}`, `%{y}` and, with `names`, `%{text}`.
         names: of each cell.
         partner: the same cells of the measure that shares the colours.
+        scaled: the cells that the colours are wide enough for, where not for all.
         scale: `log` colours by log10; a cell of 0 then has no colour, and its hover says so.
     """
-    coloured = colours(measure, cells, partner, scale)
+    coloured = colours(measure, cells if scaled is None else scaled, partner, scale)
     z = cells
     if scale == "log":
         z = np.full(cells.shape, np.nan)

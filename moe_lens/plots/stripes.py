@@ -10,7 +10,7 @@ from moe_lens.plots.heatmap import measure_heatmap
 from moe_lens.plots.style import Scale, lay_out
 from moe_lens.plots.values import MEASURE_NAMES, of_tokens, partner_of, table
 from moe_lens.routing.result import RoutingContributions
-from moe_lens.routing.senders import Senders
+from moe_lens.routing.senders import ROUNDING, Senders
 
 MOST_SENDERS = 400
 """More columns than this can no longer be told apart."""
@@ -36,7 +36,8 @@ def stripes(
     Args:
         measure: any that the result has (`contributions.measures`).
         position: `lead`, the first token of each document, or `rest`.
-        scale: `log` colours by log10, for measures that are never negative; cells of 0 are then blank.
+        scale: `log` colours by log10, for measures that are never negative; cells of 0 are then blank, and half
+            precision's `rounding`, orders of magnitude below all others, may have less than the lightest colour says.
         senders: `attention`, `mlp` (MoE and dense layers), or names of senders or of components; None is all.
         when_active: means over the tokens where the sender is active.
 
@@ -55,6 +56,7 @@ def stripes(
         )
     shared = partner_of(measure)
     partner = None if shared is None else table(contributions, shared, position, when_active)[0][chosen, :].T
+    components = [i for i in chosen if contributions.senders[i] != ROUNDING]
     figure = measure_heatmap(
         measure,
         values[chosen, :].T,
@@ -63,6 +65,7 @@ def stripes(
         columns=[contributions.senders[i] for i in chosen],
         what="%{x} → router of %{y}",
         partner=partner,
+        scaled=values[components or chosen, :].T if scale == "log" else None,
         scale=scale,
     )
     kind = {"attention": " (attention)", "mlp": " (MoE and dense)"}.get(
