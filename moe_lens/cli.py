@@ -1,6 +1,7 @@
 """The command line: `moe-lens verify MODEL`, `moe-lens contributions MODEL` and `moe-lens demo`.
 
-Exit status 0: everything passed. 1: it ran, and a check failed. 2: it could not run; one line says why.
+Exit status 0: everything passed. 1: it ran, and a check failed. 2: it could not run; one line says why. 130: stopped
+from the keyboard.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("moe-lens: stopped; what keeps a state goes on from it with the same command", file=sys.stderr)
+        return 130
     except (ValueError, OSError, MemoryError, KeyError) as error:
         print(f"moe-lens: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -153,6 +157,8 @@ def _contributions(options: argparse.Namespace) -> int:
     corpus_kind(options.corpus, text_field=options.text_field)
     if options.output.exists() and not options.output.is_dir():
         raise NotADirectoryError(f"--output {str(options.output)!r} is a file, and a folder is wanted")
+    if not 0 < options.memory_budget < float("inf"):
+        raise ValueError(f"--memory-budget {options.memory_budget} must be a positive number of GiB")
     model = HookedMoE.from_pretrained(
         options.model, dtype=DTYPES.get(options.dtype), device=_device(options.device)
     )
@@ -184,14 +190,19 @@ def _contributions(options: argparse.Namespace) -> int:
     for by, result in results.items():
         result.save(options.output / f"{by}.safetensors")
         result.write_table(options.output / f"{by}.parquet")
-        last = result.receivers[-1]
-        top = result.top(last, n=5)
-        named = ", ".join(f"{s} {v:.3g}" for s, v in zip(top["sender"], top["variance"], strict=True))
-        print(f"by {by}: largest variance at {last}: {named}; {_sums(result)}")
+        print(f"by {by}: largest variance at {result.receivers[-1]}: {_largest(result)}; {_sums(result)}")
     decisions = routing_decisions(model, corpus, receivers=options.receivers)
     page = write_contributions_page(results, options.output / "index.html", routing=decisions)
     print(f"tables, results and page: {page.parent}")
     return 0 if all(result.closes for result in results.values()) else 1
+
+
+def _largest(result: Any) -> str:
+    """The senders of the largest variance at the last router; whole components only where nothing is divided."""
+    top = result.top(result.receivers[-1], n=len(result.senders))
+    divided = [result.senders.group_of(result.senders.index(s)).kind != "whole" for s in top.sender[:200]]
+    top = top.head(200)[divided] if any(divided) else top
+    return ", ".join(f"{s} {v:.3g}" for s, v in zip(top.sender[:5], top.variance[:5], strict=True))
 
 
 def _sums(result: Any) -> str:

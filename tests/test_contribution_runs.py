@@ -557,9 +557,13 @@ def test_loading_something_else(model_of: Load, tmp_path: Path) -> None:
     save_file(arrays, path, metadata={"facts": json.dumps({**facts, "format": 0})})
     with pytest.raises(ValueError, match="holds no routing contributions of format 1"):
         RoutingContributions.load(path)
+    lacking = {name: fact for name, fact in facts.items() if name != "model_logit_difference"}
+    save_file(arrays, path, metadata={"facts": json.dumps(lacking)})
+    with pytest.raises(ValueError, match=r"lacks 'model_logit_difference'.*another version"):
+        RoutingContributions.load(path)
     del arrays["rest/active/2/mean"]
     save_file(arrays, path, metadata={"facts": json.dumps(facts)})
-    with pytest.raises(ValueError, match=r"lacks the array 'rest/active/2/mean'"):
+    with pytest.raises(ValueError, match=r"lacks 'rest/active/2/mean'"):
         RoutingContributions.load(path)
 
 

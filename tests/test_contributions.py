@@ -578,8 +578,8 @@ def test_provenance(model_of: Load) -> None:
         assert result.provenance["experts"] == "all"
         assert result.provenance["source_axis"] == "offset"
         assert set(result.provenance) == {
-            "model", "revision", "dtype", "weights", "edited", "corpus", "fingerprints", "experts", "lead_token", "source_axis",
-            "moe_lens",
+            "model", "revision", "dtype", "weights", "edited", "corpus", "fingerprints", "experts", "lead_token",
+            "source_axis", "moe_lens",
         }  # fmt: skip
     assert routing_contributions(model, corpus()).provenance["source_axis"] is None
 

@@ -54,7 +54,9 @@ class TextInterface:
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
         # Not verbose: the model itself warns where a text that it runs is longer than its context.
-        rows: list[list[int]] = tokenizer(texts, add_special_tokens=prepend_bos is None, verbose=False)["input_ids"]
+        rows: list[list[int]] = tokenizer(texts, add_special_tokens=prepend_bos is None, verbose=False)[
+            "input_ids"
+        ]
         if prepend_bos:
             if tokenizer.bos_token_id is None:
                 raise ValueError(

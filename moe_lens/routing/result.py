@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_lens.routing.arguments import positive_integer
 from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
 from moe_lens.routing.senders import Names, SenderGroup, Senders
@@ -200,8 +201,7 @@ class RoutingContributions:
         Raises:
             ValueError: no such receiver, measure or position; n is not positive.
         """
-        if operator.index(n) < 1:
-            raise ValueError(f"n={n} must be positive")
+        n = positive_integer(n, "n")
         column, population = self.receiver_index(receiver), "active" if when_active else "all"
         values, errors = (
             self._by_position(measure, population, what, [column])[_position(position)][:, 0]
@@ -330,42 +330,42 @@ class RoutingContributions:
         """
         if facts.get("format") != FORMAT:
             raise ValueError(f"{source} holds no routing contributions of format {FORMAT}")
-        groups = [
-            SenderGroup(
-                component, layer, kind,
-                tuple(Names(prefix, tuple((label, n) for label, n in axes)) for prefix, axes in runs),
-            )
-            for component, layer, kind, runs in facts["groups"]
-        ]  # fmt: skip
-        moments = {}
         try:
-            for position in POSITIONS:
-                for population in POPULATIONS:
-                    moments[position, population] = [
-                        Moments.of(
-                            *(
-                                arrays[f"{position}/{population}/{i}/{n}"]
-                                for n in ("count", "mean", "squares")
-                            )
-                        )
-                        for i in range(len(groups))
-                    ]
+            groups = [
+                SenderGroup(
+                    component, layer, kind,
+                    tuple(Names(prefix, tuple((label, n) for label, n in axes)) for prefix, axes in runs),
+                )
+                for component, layer, kind, runs in facts["groups"]
+            ]  # fmt: skip
+            moments = {
+                (position, population): [
+                    Moments.of(
+                        *(arrays[f"{position}/{population}/{i}/{n}"] for n in ("count", "mean", "squares"))
+                    )
+                    for i in range(len(groups))
+                ]
+                for position in POSITIONS
+                for population in POPULATIONS
+            }
+            return cls(
+                by=facts["by"],
+                senders=Senders(groups),
+                receivers=tuple(facts["receivers"]),
+                measures=tuple(facts["measures"]),
+                n_documents=facts["n_documents"],
+                n_tokens=facts["n_tokens"],
+                completeness_error=facts["completeness_error"],
+                rounding_ratio=facts["rounding_ratio"],
+                model_logit_difference=facts["model_logit_difference"],
+                provenance=facts["provenance"],
+                firsts=tuple(facts["firsts"]),
+                moments=moments,
+            )
         except KeyError as error:
-            raise ValueError(f"{source} lacks the array {error}") from error
-        return cls(
-            by=facts["by"],
-            senders=Senders(groups),
-            receivers=tuple(facts["receivers"]),
-            measures=tuple(facts["measures"]),
-            n_documents=facts["n_documents"],
-            n_tokens=facts["n_tokens"],
-            completeness_error=facts["completeness_error"],
-            rounding_ratio=facts["rounding_ratio"],
-            model_logit_difference=facts["model_logit_difference"],
-            provenance=facts["provenance"],
-            firsts=tuple(facts["firsts"]),
-            moments=moments,
-        )
+            raise ValueError(
+                f"{source} lacks {error}: it was written by another version, or is damaged"
+            ) from error
 
     # ---- arrays ----
 

@@ -43,6 +43,8 @@ def write_atomically(path: str | Path, arrays: Mapping[str, Tensor], facts: Mapp
     tensors = {name: array.detach().cpu().contiguous() for name, array in arrays.items()}
     with whole_or_not(path) as unfinished:
         save_file(tensors, unfinished, metadata={"facts": json.dumps(facts)})
+        # safetensors writes for the owner alone; this is a file like any other.
+        unfinished.chmod(0o666 & ~_umask())
     return Path(path)
 
 
@@ -62,3 +64,10 @@ def read_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except Exception as error:
         raise ValueError(f"{path.name} is no file of routing contributions: {error!r}") from error
+
+
+def _umask() -> int:
+    """What is not permitted to new files. It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
