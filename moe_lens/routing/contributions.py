@@ -18,10 +18,10 @@ from torch import Tensor
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, refuse_bare_pair, token_batches
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import real_tokens
+from moe_lens.routing.readout import Experts, check_experts
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, contributions_of
 from moe_lens.routing.senders import SourceAxis, check_granularity
-from moe_lens.routing.streaming import Experts, check_experts
 
 __all__ = ["MEMORY_BUDGET", "RoutingContributions", "contributions_of", "routing_contributions"]
 

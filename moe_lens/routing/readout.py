@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moe_lens.model.hooked_moe import HookedMoE
+
+Experts = Literal["all", "selected"] | Sequence[int]
+"""Over which experts of a receiver measures are taken: all, those that it selects at the token, or a list."""
 
 
 def check_receiver(model: HookedMoE, receiver: int) -> int:
@@ -52,3 +56,44 @@ def router_readout(model: HookedMoE, receiver: int) -> Float[Tensor, "expert d_m
 def stacked_readouts(model: HookedMoE, receivers: Sequence[int]) -> Float[Tensor, "receiver expert d_model"]:
     """The readouts of several MoE layers, so that one matmul projects a sender onto all of them."""
     return torch.stack([router_readout(model, receiver) for receiver in receivers])
+
+
+def check_receivers(model: HookedMoE, receivers: Sequence[int] | None) -> tuple[int, ...]:
+    """The receiving layers, None being all MoE layers.
+
+    Raises:
+        ValueError: one that is no MoE layer, or not in rising order.
+    """
+    chosen = tuple(
+        check_receiver(model, receiver)
+        for receiver in (model.cfg.moe_layers if receivers is None else receivers)
+    )
+    if not chosen or list(chosen) != sorted(set(chosen)):
+        raise ValueError(f"receivers must be layers in rising order, each once, not {chosen}")
+    return chosen
+
+
+def check_experts(model: HookedMoE, experts: Experts, *, rank_shift: bool) -> tuple[int, ...] | None:
+    """The experts measured, None where it is all (or those that each token's router selects).
+
+    Raises:
+        ValueError: no such expert, one that comes twice, or ranks among some experts only.
+    """
+    if isinstance(experts, str):
+        if experts in ("all", "selected"):
+            return None
+        raise ValueError(f"experts={experts!r} must be 'all', 'selected', or a list of experts, each once")
+    try:
+        chosen = tuple(-1 if isinstance(e, bool) else operator.index(e) for e in experts)
+    except TypeError as error:
+        raise ValueError(f"there is no expert such as in {experts!r}: {error}") from error
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"experts={list(chosen)} must be 'all', 'selected', or a list of experts, each once")
+    wrong = [e for e in chosen if e not in range(model.cfg.n_experts)]
+    if wrong:
+        raise ValueError(
+            f"there is no expert {wrong[0]!r}; {model.cfg.model_name} has {model.cfg.n_experts} a layer"
+        )
+    if rank_shift:
+        raise ValueError("ranks are among all experts: rank_shift=True needs experts='all' or 'selected'")
+    return chosen

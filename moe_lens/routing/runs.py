@@ -25,10 +25,11 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import Moments, real_tokens
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
 from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
+from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.result import RoutingContributions, measure_names
 from moe_lens.routing.senders import senders_before
 from moe_lens.routing.storage import read_arrays, write_atomically
-from moe_lens.routing.streaming import ContributionAccumulator, check_receivers
+from moe_lens.routing.streaming import ContributionAccumulator
 
 # A mean and a spread in float64, for two position classes and two populations.
 _BYTES_PER_CELL = 2 * 8 * 2 * 2

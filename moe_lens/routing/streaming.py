@@ -8,10 +8,8 @@ listens to anything but hook points, and nothing grows with the corpus.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,12 +18,12 @@ from torch import Tensor
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.attribution import relative_error, with_rounding
 from moe_lens.routing.components import ComponentReader, Read
-from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments, position_classes, real_tokens
+from moe_lens.routing.documents import position_classes, real_tokens
 from moe_lens.routing.measures import normalised_lengths
-from moe_lens.routing.parts import DocumentSums, Measuring, Part, Readouts, Routed, TokenPart
+from moe_lens.routing.parts import Measuring, Part, Readouts, Routed, TokenPart
 from moe_lens.routing.provenance import edit_counts
 from moe_lens.routing.rank_shift import choice_of
-from moe_lens.routing.readout import check_receiver, stacked_readouts
+from moe_lens.routing.readout import Experts, check_experts, check_receivers, stacked_readouts
 from moe_lens.routing.result import COMPLETENESS_TOLERANCE
 from moe_lens.routing.rounding import StreamSum, stream_rounds
 from moe_lens.routing.senders import (
@@ -37,9 +35,8 @@ from moe_lens.routing.senders import (
     check_granularity,
     senders_before,
 )
+from moe_lens.routing.tally import Tally, per_document
 from moe_lens.routing.writes import hooks_of, written_by
-
-Experts = Literal["all", "selected"] | Sequence[int]
 
 # At how many tokens of a batch a float32 sum over neurons is checked; see `ContributionAccumulator`.
 NEURON_CHECKS = 16
@@ -47,67 +44,6 @@ NEURON_CHECKS = 16
 # In half precision the bound on rounding is made for sums in float32; kernels that round on the way exceed it by a
 # little. A sender that is missing exceeds it a hundredfold.
 FAR_BEYOND_ROUNDING = 16
-
-
-class Tally:
-    """What one granularity has gathered so far.
-
-    Attributes:
-        senders: names, with `rounding` last where the stream rounds.
-        firsts: for each group of them, the place of the first receiver that it reaches.
-        moments: for each position class and population, those of every group, from its first receiver on.
-        n_documents, n_tokens: of each position class.
-        completeness_error, rounding_ratio, model_logit_difference: the largest so far.
-    """
-
-    def __init__(
-        self, senders: Senders, firsts: Sequence[int], n_measures: int, n_receivers: int, device: torch.device
-    ):
-        self.senders, self.firsts = senders, tuple(firsts)
-        self.n_measures, self.n_receivers = n_measures, n_receivers
-        self.moments = {
-            (position, population): [
-                Moments(n_measures, n_receivers - first, len(group), device)
-                for group, first in zip(senders.groups, firsts, strict=True)
-            ]
-            for position in POSITIONS
-            for population in POPULATIONS
-        }
-        self.n_documents: dict[str, int] = dict.fromkeys(POSITIONS, 0)
-        self.n_tokens: dict[str, int] = dict.fromkeys(POSITIONS, 0)
-        self.completeness_error = 0.0
-        self.rounding_ratio: float | None = None
-        self.model_logit_difference = 0.0
-
-    def add(self, group: int, part: Part, routed: Routed) -> None:
-        """The sums of one group of senders, to its means over documents."""
-        counts: dict[tuple[str, str], Tensor] = {}
-        n_tokens = {p: _per_document(member, routed) for p, member in routed.classes.items()}
-        for receivers, sums in part.document_sums(routed):
-            for key, moments in self.moments.items():
-                position, population = key
-                present, values = _document_means(sums, position, population, n_tokens[position])
-                moments[group].add(values, present, receivers)
-                counts[key] = present.sum(dim=0, dtype=torch.float64)
-        for key, count in counts.items():
-            self.moments[key][group].counted(count)
-
-
-def _document_means(
-    sums: DocumentSums, position: str, population: str, n_tokens: Float[Tensor, " document"]
-) -> tuple[Bool[Tensor, "document sender"], Float[Tensor, "measure receiver document sender"]]:
-    """Each document's mean, and whether it has one."""
-    active = sums.active[position]
-    counts = n_tokens[:, None].expand_as(active) if population == "all" else active
-    present = counts > 0
-    if population == "all" and sums.exists is not None:
-        present = present & sums.exists
-    return present, sums.sums[position] / counts.clamp(min=1)
-
-
-def _per_document(member: Bool[Tensor, " token"], routed: Routed) -> Float[Tensor, " document"]:
-    counts = torch.zeros(routed.n_documents, dtype=torch.float64, device=member.device)
-    return counts.index_add_(0, routed.documents, member.double())
 
 
 class ContributionAccumulator:
@@ -427,7 +363,7 @@ class _Pass:
             if by in self.ratios:
                 tally.rounding_ratio = max(tally.rounding_ratio or 0.0, self.ratios[by])
             for position, member in routed.classes.items():
-                counts = _per_document(member, routed)
+                counts = per_document(member, routed)
                 tally.n_documents[position] += int((counts > 0).sum())
                 tally.n_tokens[position] += int(counts.sum())
 
@@ -437,47 +373,6 @@ class _Pass:
         tokens = torch.arange(len(scores), device=scores.device)
         part.add(tokens, torch.zeros_like(tokens)[:, None], scores[:, None], norms[:, None])
         return part
-
-
-def check_receivers(model: HookedMoE, receivers: Sequence[int] | None) -> tuple[int, ...]:
-    """The receiving layers, None being all MoE layers.
-
-    Raises:
-        ValueError: one that is no MoE layer, or not in rising order.
-    """
-    chosen = tuple(
-        check_receiver(model, receiver)
-        for receiver in (model.cfg.moe_layers if receivers is None else receivers)
-    )
-    if not chosen or list(chosen) != sorted(set(chosen)):
-        raise ValueError(f"receivers must be layers in rising order, each once, not {chosen}")
-    return chosen
-
-
-def check_experts(model: HookedMoE, experts: Experts, *, rank_shift: bool) -> tuple[int, ...] | None:
-    """The experts measured, None where it is all (or those that each token's router selects).
-
-    Raises:
-        ValueError: no such expert, one that comes twice, or ranks among some experts only.
-    """
-    if isinstance(experts, str):
-        if experts in ("all", "selected"):
-            return None
-        raise ValueError(f"experts={experts!r} must be 'all', 'selected', or a list of experts, each once")
-    try:
-        chosen = tuple(-1 if isinstance(e, bool) else operator.index(e) for e in experts)
-    except TypeError as error:
-        raise ValueError(f"there is no expert such as in {experts!r}: {error}") from error
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"experts={list(chosen)} must be 'all', 'selected', or a list of experts, each once")
-    wrong = [e for e in chosen if e not in range(model.cfg.n_experts)]
-    if wrong:
-        raise ValueError(
-            f"there is no expert {wrong[0]!r}; {model.cfg.model_name} has {model.cfg.n_experts} a layer"
-        )
-    if rank_shift:
-        raise ValueError("ranks are among all experts: rank_shift=True needs experts='all' or 'selected'")
-    return chosen
 
 
 def _check_documents(real: Bool[Tensor, "batch pos"], max_positions: int) -> None:
