@@ -18,7 +18,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	# pyright reads the package as it is installed, where moe_lens.converters is in its place.
-	rm -rf build/installed
+	# What an earlier build left would be installed with it.
+	rm -rf build/installed build/lib
 	$(BIN)/pip install --quiet --no-deps --target build/installed .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
