@@ -68,6 +68,9 @@ def head_lengths(
     attention: Attention, z: Float[Tensor, "token head d_value"], gains: Float[Tensor, "receiver d_model"]
 ) -> Float[Tensor, "token head receiver"]:
     """The same for z_h W_O^h, a head at a time: all heads' vectors at once would be many times the stream."""
-    weight = attention.W_O.detach().float()
-    lengths = [normalised_lengths(z[:, head] @ weight[head], gains) for head in range(z.shape[1])]
+    weight, squared_gains = attention.W_O.detach().float(), gains.square().T
+    lengths = []
+    for head in range(z.shape[1]):
+        written = z[:, head] @ weight[head]
+        lengths.append((written.square_() @ squared_gains).sqrt_())
     return rearrange(lengths, "head token receiver -> token head receiver")

@@ -18,11 +18,11 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -85,40 +85,41 @@ class SourcePart:
         if self.measuring.waits:
             yield slice(None), self._by_rows(routed)
             return
-        scales = rearrange(routed.scales[:, self.first :], "(b p) r -> b r p", b=len(self.real))
-        inverse = 1 / scales
+        inverse = rearrange(1 / routed.scales[:, self.first :], "(b p) r -> b r p", b=len(self.real))
+        members = [routed.classes[position].view(self.real.shape) for position in POSITIONS]
+        weights = [inverse * member[:, None] for member in members]
+        if self.source_axis == "offset":
+            by_source = [self._by_offset(of_class) for of_class in weights]
+        else:
+            by_source = self._by_position(weights)
         sums, active = {}, {}
-        for position in POSITIONS:
-            member = routed.classes[position].view(self.real.shape)
-            weights = inverse * member[:, None]
-            by_source = (
-                self._by_offset(weights) if self.source_axis == "offset" else self._by_position(weights)
-            )
-            sums[position] = rearrange(by_source, "m b h r p -> m r b (h p)")
+        for position, member, of_class, summed in zip(POSITIONS, members, weights, by_source, strict=True):
+            sums[position] = rearrange(summed, "m b h r p -> m r b (h p)")
             active[position] = repeat(self._seen(member), "b p -> b (h p)", h=self.n_heads)
             if self.bias is not None:
                 measures = score_measures(*self.bias)[:, :, None]
-                powers = torch.tensor(SCALE_POWERS, device=scales.device)[:, None, None, None]
-                every = (weights.double() ** powers).sum(dim=-1)
+                powers = torch.tensor(SCALE_POWERS, device=inverse.device)[:, None, None, None]
+                every = (of_class.double() ** powers).sum(dim=-1)
                 bias_sums = measures.double() * rearrange(every, "m b r -> m r b")
                 sums[position] = torch.cat((sums[position], bias_sums[..., None]), dim=-1)
                 active[position] = torch.cat((active[position], member.sum(dim=1).double()[:, None]), dim=-1)
         yield slice(None), DocumentSums(sums, active, self._exists())
 
     def _by_position(
-        self, weights: Float[Tensor, "batch receiver query"]
-    ) -> Float[Tensor, "measure batch head receiver source"]:
+        self, weights: Sequence[Float[Tensor, "batch receiver query"]]
+    ) -> list[Float[Tensor, "measure batch head receiver source"]]:
+        """For each class of queries. All classes are weighted in one product: the pattern is what is large."""
         pattern = self.pattern.float()
-        product = "b head q p, b receiver q -> b head receiver p"
-        squared = einsum(pattern.square(), weights.square(), product)
-        once = einsum(pattern, weights, product)
+        every = rearrange(list(weights), "position b receiver q -> b 1 (position receiver) q")
+        squared, once = every.square() @ pattern.square(), every @ pattern
         seen = torch.stack([squared if power == 2 else once for power in SCALE_POWERS])
-        return self._from_first_real((seen * self.measures).double())
+        by_class = rearrange(seen, "m b h (position r) p -> position m b h r p", position=len(weights))
+        return [self._from_first_real((of_class * self.measures).double()) for of_class in by_class]
 
     def _by_offset(
         self, weights: Float[Tensor, "batch receiver query"]
     ) -> Float[Tensor, "measure batch head receiver source"]:
-        n_batch, _, n_positions = self.real.shape[0], None, self.real.shape[1]
+        n_batch, n_positions = self.real.shape
         n_receivers = weights.shape[1]
         out = torch.zeros(
             len(MEASURES), n_batch, self.n_heads, n_receivers, self.n_sources,
@@ -227,13 +228,13 @@ def _check_pattern(pattern: Float[Tensor, "batch head query key"]) -> None:
     Raises:
         ValueError: it has.
     """
-    if bool((pattern < 0).any()):
+    if float(pattern.amin()) < 0:
         raise ValueError(
             "by='source' needs attention weights that are not negative; a hook has edited hook_pattern"
         )
     later = pattern.triu(diagonal=1)
     # What is not finite is refused as such.
-    if bool((later.isfinite() & (later != 0)).any()):
+    if bool(later.count_nonzero()) and bool((later.isfinite() & (later != 0)).any()):
         raise ValueError(
             "by='source' needs attention that sees no later token; a hook has edited hook_pattern or its scores"
         )
