@@ -89,9 +89,10 @@ class Attention(nn.Module):
         if listened_to or _fused_would_hide_nan(queries, keys):
             group = self.n_heads // self.n_key_value_heads
             keys, values = (repeat(t, "b h k d -> b (h group) k d", group=group) for t in (keys, values))
-            scores = queries @ keys.transpose(-1, -2) * self.softmax_scale
             visible = attend.visible(queries.shape[2], queries.device)
-            scores = self.hook_attn_scores(scores.masked_fill(~visible, -torch.inf))
+            # In place: the product is nobody else's, and large.
+            scores = (queries @ keys.transpose(-1, -2)).mul_(self.softmax_scale)
+            scores = self.hook_attn_scores(scores.masked_fill_(~visible, -torch.inf))
             pattern = self.hook_pattern(scores.float().softmax(dim=-1).to(values.dtype))
             z = pattern @ values
         else:
