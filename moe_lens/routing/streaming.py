@@ -83,7 +83,11 @@ class ContributionAccumulator:
             raise ValueError(f"by={by!r} must name granularities, each once")
         self.receivers = check_receivers(model, receivers)
         self.experts = check_experts(model, experts, rank_shift=rank_shift)
-        self.measuring = Measuring(model.cfg.router, selected=experts == "selected", rank_shift=rank_shift)
+        self.measuring = Measuring(
+            model.cfg.router,
+            selected=isinstance(experts, str) and experts == "selected",
+            rank_shift=rank_shift,
+        )
         self.source_axis: SourceAxis = source_axis
         self.left_out = left_out
         if "source" in self.by and max_positions is None:
