@@ -1,0 +1,1 @@
+"""Test: change one thing, exactly, and say what was done."""
