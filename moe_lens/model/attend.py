@@ -6,12 +6,17 @@ of a layer serves every kind of run.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.config import RotaryConfig
 from moe_lens.model.rotary import Rotation, rotation_at
+
+if TYPE_CHECKING:
+    from moe_lens.model.attention import Attention
 
 
 class KeyValueCache:
@@ -92,6 +97,17 @@ class Attend:
         query_is_real = key_is_real[:, start:]
         both_real = key_is_real[:, None, None, :] & query_is_real[:, None, :, None]
         return (causal & both_real) | (keys == queries)[None, None]
+
+    def mix(
+        self,
+        attention: Attention,
+        queries: Float[Tensor, "batch query head d_head"],
+        keys: Float[Tensor, "batch pos kv_head d_head"],
+        values: Float[Tensor, "batch pos kv_head d_value"],
+    ) -> Float[Tensor, "batch query head d_value"]:
+        """z of this run's queries, over all keys that they may see. Another kind of run has its own way."""
+        keys, values = self.keys_and_values(attention.layer, keys, values)
+        return attention.mix(queries, keys, values, self)
 
     def keys_and_values(
         self,

@@ -61,9 +61,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], attend: Attend
     ) -> Float[Tensor, "batch pos d_model"]:
-        queries, keys, values = self.queries_keys_values(x, attend)
-        keys, values = attend.keys_and_values(self.layer, keys, values)
-        z = self.hook_z(self.mix(queries, keys, values, attend))
+        z = self.hook_z(attend.mix(self, *self.queries_keys_values(x, attend)))
         return self.project(z)
 
     def queries_keys_values(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.model.attend import Attend, KeyValueCache
+from moe_lens.model.observers import Run
 
 if TYPE_CHECKING:
     from moe_lens.model.hooked_moe import HookedMoE
@@ -62,7 +63,8 @@ def generate_tokens(
             positions=positions,
             past=past,
         )
-        residual = model.run_blocks(model.hook_embed(model.embed(step)), attend)
+        with model.observed(Run(step_mask, 0, model.cfg.n_layers, step, n_past=out.shape[1] - step.shape[1])):
+            residual = model.run_blocks(model.hook_embed(model.embed(step)), attend)
         logits = model.unembed(model.ln_final(residual[:, -1:]))[:, -1].float()
         chosen = _choose(logits, do_sample, temperature, top_k, top_p, generator)
         if fill is not None:

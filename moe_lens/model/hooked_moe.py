@@ -23,13 +23,14 @@ from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.loss import loss_per_token as per_token_cross_entropy
 from moe_lens.model.loss import mean_loss
 from moe_lens.model.norm import RMSNorm
+from moe_lens.model.observers import ObservedModel, Run
 from moe_lens.model.text import Text, TextInterface
 
 ReturnType = Literal["logits", "loss", "both"] | None
 _TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class HookedMoE(HookedModel, TextInterface):
+class HookedMoE(HookedModel, TextInterface, ObservedModel):
     """A Mixture-of-Experts language model with a named hook point on every quantity of its routing.
 
     `HookedMoE.from_pretrained` loads a checkpoint; `HookedMoE(cfg)` alone makes the modules with whatever
@@ -48,6 +49,7 @@ class HookedMoE(HookedModel, TextInterface):
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.hook_embed = HookPoint()
+        self.run_observers = []
         self.tie_embeddings()
         self.setup()
         self.eval()
@@ -119,31 +121,35 @@ class HookedMoE(HookedModel, TextInterface):
             raise ValueError("with stop_at_layer the residual stream is returned; there is no loss to return")
         if start_at_layer is None:
             tokens, mask = self.tokens_and_mask(tokens_or_text, attention_mask)
-            residual = self.hook_embed(self.embed(tokens))
+            residual, (batch, n_columns) = None, tokens.shape
         else:
             if return_type in ("loss", "both"):
                 raise ValueError(
                     "a loss needs tokens; with start_at_layer, return_type must be 'logits' or None"
                 )
             tokens, residual = None, self._check_residual(tokens_or_text)
+            batch, n_columns, _ = residual.shape
             mask = self._check_mask(attention_mask, residual.shape[:2])
-        if residual.shape[1] > self.cfg.n_ctx:
+        if n_columns > self.cfg.n_ctx:
             warnings.warn(
-                f"{residual.shape[1]} positions are more than the {self.cfg.n_ctx} that {self.cfg.model_name} was made "
-                f"for; what it does beyond them was never trained",
+                f"{n_columns} positions are more than the {self.cfg.n_ctx} that {self.cfg.model_name} was made for; "
+                f"what it does beyond them was never trained",
                 stacklevel=2,
             )
 
-        attend = Attend(
-            self.cfg.rotary, (residual.shape[0], residual.shape[1]), residual.device, attention_mask=mask
-        )
-        residual = self.run_blocks(residual, attend, first, last)
-        if stop_at_layer is not None:
-            return residual
-        normalized = self.ln_final(residual)
-        if return_type is None:
-            return None
-        logits = self.unembed(normalized)
+        attend = Attend(self.cfg.rotary, (batch, n_columns), self.cfg.device, attention_mask=mask)
+        real = torch.ones(batch, n_columns, dtype=torch.bool, device=self.cfg.device) if mask is None else mask
+        with self.observed(Run(real, first, last, tokens)):
+            if tokens is not None:
+                residual = self.hook_embed(self.embed(tokens))
+            assert residual is not None
+            residual = self.run_blocks(residual, attend, first, last)
+            if stop_at_layer is not None:
+                return residual
+            normalized = self.ln_final(residual)
+            if return_type is None:
+                return None
+            logits = self.unembed(normalized)
         if return_type == "logits":
             return logits
         assert tokens is not None

@@ -1,0 +1,175 @@
+"""Where branches begin: the stream after an MoE layer, had some of its slots been changed at this one token.
+
+A branch starts as `resid_mid` plus the layer's output made of its changed slots, summed in the block's own order and
+dtype; never as the whole output minus a part of it, which would round otherwise than the model does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.interventions.changed_routing import choose, renormalized
+from moe_lens.interventions.clean_run import CleanRun, MoEValues
+from moe_lens.interventions.expert_reference import ExpertReference, prefix_hashes
+from moe_lens.model.moe import MoE, applied_weights
+
+How = Literal["zero", "renormalize", "reroute", "mean", "resample"]
+HOWS: tuple[How, ...] = ("zero", "renormalize", "reroute", "mean", "resample")
+SHARED = -1
+"""The number that stands for a layer's shared experts where experts are numbered."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a removed slot is removed, and what takes its place.
+
+    Attributes:
+        how: see `Ablate`.
+        reference: where `mean` and `resample` take their outputs from.
+        seed: of `resample`'s draws.
+    """
+
+    how: How = "zero"
+    reference: ExpertReference | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.how not in HOWS:
+            raise ValueError(f"how={self.how!r} must be one of {', '.join(map(repr, HOWS))}")
+        needs_reference = self.how in ("mean", "resample")
+        if needs_reference and not isinstance(self.reference, ExpertReference):
+            raise ValueError(
+                f"how={self.how!r} needs reference=, what experts put out over a corpus: "
+                f"expert_reference(model, batches) makes one"
+            )
+        if not needs_reference and self.reference is not None:
+            raise ValueError(f"how={self.how!r} reads no reference; 'mean' and 'resample' do")
+
+    def check_model(self, model: Any, layers: tuple[int, ...]) -> None:
+        """Raises:
+        ValueError: the reference is of another model, or lacks a layer.
+        """
+        if self.reference is not None:
+            self.reference.check_model(model, layers)
+
+
+class Starts(NamedTuple):
+    """Attributes:
+    streams: after the layer, in the model's dtype.
+    gap_norm: ||y - y_changed||_2 of the layer's output, float32.
+    """
+
+    streams: Float[Tensor, "pos branch d_model"]
+    gap_norm: Float[Tensor, "pos branch"]
+
+
+def replacements(
+    clean: CleanRun, values: MoEValues, rows: Int[Tensor, "n"], change: Change
+) -> tuple[Float[Tensor, "n k d_model"], Float[Tensor, "n d_model"] | None] | None:
+    """What stands in for every slot's output, and for the shared experts', at some tokens; None where nothing does."""
+    if change.reference is None:
+        return None
+    experts = values.indices[rows]
+    shared = None if values.shared_out is None else torch.full_like(rows, SHARED)
+    reference = change.reference
+    if change.how == "mean":
+        of_shared = None if shared is None else reference.mean_output(values.layer, shared)
+        return reference.mean_output(values.layer, experts), of_shared
+    every = torch.ones_like(clean.tokens, dtype=torch.bool)
+    prefixes = prefix_hashes(clean.tokens[None], every[None])[0, rows]
+    of_shared = (
+        None if shared is None else reference.resampled_output(values.layer, shared, prefixes, change.seed)
+    )
+    per_slot = repeat(prefixes, "n -> n k", k=experts.shape[1])
+    return reference.resampled_output(values.layer, experts, per_slot, change.seed), of_shared
+
+
+def starts(
+    clean: CleanRun,
+    values: MoEValues,
+    rows: Int[Tensor, "n"],
+    removed: Bool[Tensor, "n branch k"],
+    change: Change,
+    shared_removed: Bool[Tensor, "branch"] | None = None,
+) -> Starts:
+    """The streams with which branches leave an MoE layer.
+
+    Args:
+        clean, values: the document, and the layer.
+        rows: which of its tokens.
+        removed: for each branch, the slots that are changed; none is the null branch.
+        change: how.
+        shared_removed: the branches in which the shared experts are changed (by `zero`, `mean` or `resample`).
+    """
+    expert_out = values.expert_out[rows][:, None]
+    weights = values.weights[rows][:, None]
+    contrib = values.contrib[rows][:, None]
+    instead = replacements(clean, values, rows, change)
+    if change.how == "reroute":
+        changed = _rerouted(clean, values, rows, removed)
+        # A branch that removes nothing is the layer as it was, slot by slot.
+        changed = torch.where(removed.any(dim=-1)[..., None, None], changed, contrib)
+    elif change.how == "renormalize":
+        # Only what is changed is computed anew: slots of a null branch stay bit by bit.
+        new_weights = renormalized(weights.expand(removed.shape), ~removed)
+        changed = (new_weights[..., None] * expert_out).to(contrib.dtype)
+        changed = torch.where(removed.any(dim=-1)[..., None, None], changed, contrib)
+    elif instead is not None:
+        other = (weights[..., None] * instead[0][:, None].to(expert_out.dtype)).to(contrib.dtype)
+        changed = torch.where(removed[..., None], other, contrib)
+    else:
+        changed = contrib.masked_fill(removed[..., None], 0.0)
+    out = changed.sum(dim=2)
+    # Slots that are as they were cancel exactly, so that a lone slot's gap is its own norm.
+    difference = (
+        (contrib.float() - changed.float()).sum(dim=2)
+        if change.how != "reroute"
+        else contrib.float().sum(dim=2) - changed.float().sum(dim=2)
+    )
+    if values.shared_out is not None:
+        shared = values.shared_out[rows][:, None]
+        if shared_removed is None:
+            out = out + shared
+        else:
+            others = torch.zeros_like(shared)
+            if instead is not None and instead[1] is not None:
+                others = instead[1][:, None].to(shared.dtype)
+            of_branch = torch.where(shared_removed[None, :, None], others, shared)
+            out, difference = out + of_branch, difference + (shared.float() - of_branch.float())
+    return Starts(values.resid_mid[rows][:, None] + out, difference.norm(dim=-1))
+
+
+def _rerouted(
+    clean: CleanRun, values: MoEValues, rows: Int[Tensor, "n"], removed: Bool[Tensor, "n branch k"]
+) -> Float[Tensor, "n branch k d_model"]:
+    """Contributions when the removed experts had not been there to be chosen."""
+    block: Any = clean.model.blocks[values.layer]
+    mlp: MoE = block.mlp
+    n, n_branches, k = removed.shape
+    probabilities = repeat(values.probabilities[rows], "n e -> n branch e", branch=n_branches)
+    indices = repeat(values.indices[rows], "n k -> n branch k", branch=n_branches)
+    excluded = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, indices, removed)
+    chosen = choose(probabilities, mlp.cfg, k=k, excluded=excluded)
+    weights = applied_weights(probabilities, chosen, mlp.cfg)
+    if not mlp.cfg.float32_weights:
+        weights = weights.to(values.normalized.dtype)
+    x = repeat(values.normalized[rows], "n d -> n branch d", branch=n_branches)
+    out = mlp.run_experts(x, chosen)
+    return (weights[..., None] * out).to(out.dtype)
+
+
+def single_slots(k: int, device: torch.device | None = None) -> Bool[Tensor, "branch k"]:
+    """One branch for each slot, which it removes."""
+    return torch.eye(k, dtype=torch.bool, device=device)
+
+
+def heaviest_slots(k: int, device: torch.device | None = None) -> Bool[Tensor, "branch k"]:
+    """The branches of progressive removal: the heaviest slot, the two heaviest, ... all but the lightest."""
+    slots = torch.arange(k, device=device)
+    return rearrange(slots, "k -> 1 k") < rearrange(slots[1:], "branch -> branch 1")

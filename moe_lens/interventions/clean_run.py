@@ -1,0 +1,188 @@
+"""One document as the model runs it, unchanged, with what a replay reads of it.
+
+Every layer's stream before its MoE, and its keys and values, are kept; what the experts did at a layer is computed
+again when that layer is asked for, from the same stream and in the same shapes, so that the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.model.attend import Attend
+from moe_lens.model.hook_point import HookPoint
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.loss import loss_per_token
+from moe_lens.routing.arguments import few
+
+
+@dataclass(frozen=True, eq=False)
+class MoEValues:
+    """What one MoE layer did at every token of a document. `k` is the slot axis, heaviest routing weight first.
+
+    Attributes:
+        layer: which.
+        resid_mid: the stream that it reads and adds to.
+        normalized: the same, normalised and times the gain: what router and experts see.
+        probabilities: of all experts.
+        indices, weights: the choice, and the routing weights as applied.
+        expert_out: E_i(x).
+        contrib: g_i E_i(x).
+        shared_out: what the shared experts add; None where there are none.
+        shared_gate: their gate, 1 where there is none.
+    """
+
+    layer: int
+    resid_mid: Float[Tensor, "pos d_model"]
+    normalized: Float[Tensor, "pos d_model"]
+    probabilities: Float[Tensor, "pos expert"]
+    indices: Int[Tensor, "pos k"]
+    weights: Float[Tensor, "pos k"]
+    expert_out: Float[Tensor, "pos k d_model"]
+    contrib: Float[Tensor, "pos k d_model"]
+    shared_out: Float[Tensor, "pos d_model"] | None
+    shared_gate: Float[Tensor, "pos"]
+
+
+@dataclass(frozen=True, eq=False)
+class CleanRun:
+    """A document's real tokens, and the streams, keys and values of its clean run.
+
+    Attributes:
+        model: what ran.
+        tokens: the real ones.
+        columns: where they lie in the row they came from; they are the rotary positions too.
+        resid_mid: by layer.
+        keys, values: by layer; keys are rotated.
+        final: the stream before the final norm.
+        loss: -log p(next token), nats, float32; NaN where the next column is padding or missing.
+    """
+
+    model: HookedMoE
+    tokens: Int[Tensor, "pos"]
+    columns: Int[Tensor, "pos"]
+    resid_mid: list[Float[Tensor, "pos d_model"]]
+    keys: list[Float[Tensor, "pos kv_head d_head"]]
+    values: list[Float[Tensor, "pos kv_head d_value"]]
+    final: Float[Tensor, "pos d_model"]
+    loss: Float[Tensor, "pos"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: HookedMoE,
+        tokens: Int[Tensor, "pos"],
+        mask: Bool[Tensor, "pos"] | None = None,
+    ) -> CleanRun:
+        """Run one document. Padding, wherever it lies, is left out; the real tokens keep their positions.
+
+        Raises:
+            ValueError: the model carries hooks (a replay does not pass through them); no real token.
+            FloatingPointError: the loss is NaN or infinite at a token, which is named.
+        """
+        require_no_hooks(model)
+        checked, checked_mask = model.tokens_and_mask(tokens[None], None if mask is None else mask[None])
+        row = checked[0]
+        columns = torch.arange(len(row), device=row.device)
+        if checked_mask is not None:
+            row, columns = row[checked_mask[0]], columns[checked_mask[0]]
+        kept: dict[str, list[Tensor]] = {"resid_mid": [], "keys": [], "values": []}
+        hooks: list[tuple[str, Callable[..., Any]]] = []
+        for layer in range(model.cfg.n_layers):
+            for point, name in (
+                ("hook_resid_mid", "resid_mid"),
+                ("attn.hook_rot_k", "keys"),
+                ("attn.hook_v", "values"),
+            ):
+                hooks.append((f"blocks.{layer}.{point}", _keep_in(kept[name])))
+        attend = Attend(model.cfg.rotary, (1, len(row)), row.device, positions=columns[None])
+        with model.hooks(hooks):
+            final = model.run_blocks(model.embed(row[None]), attend)
+        loss = _next_token_loss(model, final, row, columns)
+        return cls(model, row, columns, **kept, final=final[0], loss=loss)
+
+    @property
+    def has_next(self) -> Bool[Tensor, "pos"]:
+        """Whether the next column holds a real token: whether there is a loss."""
+        followed = torch.zeros_like(self.columns, dtype=torch.bool)
+        followed[:-1] = self.columns[1:] == self.columns[:-1] + 1
+        return followed
+
+    @property
+    def next_tokens(self) -> Int[Tensor, "pos"]:
+        """The token after each; the last one's is itself, and means nothing (see `has_next`)."""
+        return torch.cat((self.tokens[1:], self.tokens[-1:]))
+
+    @torch.no_grad()
+    def moe(self, layer: int) -> MoEValues:
+        """What an MoE layer did, computed again from the stream that it read."""
+        mlp, points = f"blocks.{layer}.mlp", {}
+
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            assert hook.name is not None
+            points[hook.name.removeprefix(f"{mlp}.hook_")] = value[0]
+
+        shared = self.model.cfg.shared
+        names = ["expert_weights", "expert_indices", "routing_weights", "expert_out", "expert_contrib"]
+        names += ["shared_out"] if shared else []
+        names += ["shared_gate"] if shared and shared.gated else []
+        block: Any = self.model.blocks[layer]
+        with self.model.hooks([(f"{mlp}.hook_{name}", keep) for name in names]):
+            normalized = block.ln2(self.resid_mid[layer][None])
+            block.mlp(normalized)
+        gate = points.get("shared_gate")
+        return MoEValues(
+            layer=layer,
+            resid_mid=self.resid_mid[layer],
+            normalized=normalized[0],
+            probabilities=points["expert_weights"],
+            indices=points["expert_indices"],
+            weights=points["routing_weights"],
+            expert_out=points["expert_out"],
+            contrib=points["expert_contrib"],
+            shared_out=points.get("shared_out"),
+            shared_gate=torch.ones_like(self.loss) if gate is None else gate[:, 0].float(),
+        )
+
+
+def require_no_hooks(model: HookedMoE) -> None:
+    """A replay drives the layers with branches of tokens, whose shape no hook expects.
+
+    Raises:
+        ValueError: hook points carry hooks, which are named; or observers (an open `intervene`).
+    """
+    hooked = [name for name, point in model.hook_dict.items() if point._forward_hooks or point._forward_pre_hooks]
+    if hooked or model.run_observers:
+        raise ValueError(
+            f"a replay runs the model without hooks, and it carries some (at {few(hooked) or 'an open intervene'}); "
+            f"close `hooks` and `intervene` first, or call reset_hooks()"
+        )
+
+
+def _keep_in(values: list[Tensor]) -> Callable[..., None]:
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        values.append(value[0])
+
+    return keep
+
+
+def _next_token_loss(
+    model: HookedMoE, final: Float[Tensor, "one pos d_model"], tokens: Int[Tensor, "pos"], columns: Int[Tensor, "pos"]
+) -> Float[Tensor, "pos"]:
+    loss = torch.full(columns.shape, torch.nan, device=columns.device)
+    loss[:-1] = loss_per_token(model.unembed(model.ln_final(final)), tokens[None])[0]
+    followed = columns[1:] == columns[:-1] + 1
+    loss[:-1].masked_fill_(~followed, torch.nan)
+    broken = (followed & ~loss[:-1].isfinite()).nonzero()
+    if len(broken):
+        column = int(columns[broken[0, 0]])
+        raise FloatingPointError(
+            f"the clean loss at position {column} is {float(loss[broken[0, 0]])}; nothing can be measured against it"
+        )
+    return loss

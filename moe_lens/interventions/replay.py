@@ -1,0 +1,389 @@
+"""Exact single-token suffix replay: what a change at one token does to the loss at that token.
+
+    a change at (layer l, position t), the loss read at t:
+        positions before t  cannot change, because attention is causal
+        positions after t   do not matter, because nothing at t reads them
+        layers up to l      did not change
+    so only token t is recomputed, through the layers after l, attending to the clean keys and values of the positions
+    before it and to its own new ones.
+
+Every change at every position is one *branch*, and all of them go through a layer together, as `[pos, branch, d]`: the
+blocks take positions for their batch axis and branches for their position axis, and `ReplayAttend` says what a branch
+may see. Branches of several layers join as the layers are reached. A *null branch* changes nothing and runs the same
+path; where it differs from the clean run, that is the rounding of other kernel shapes.
+
+Source: the quantity is the functional importance of "From Observation to Intervention: A Causal Audit of Expert
+Importance in Mixture-of-Experts Models" (arXiv:2606.10703), section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.interventions.branches import Change, Starts, starts
+from moe_lens.interventions.clean_run import CleanRun, MoEValues
+from moe_lens.interventions.outcomes import Outcome, read_outcomes
+from moe_lens.model.attend import Attend
+from moe_lens.model.attention import Attention
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.rotary import rotation_at
+
+
+class ReplayAttend(Attend):
+    """Attention of branches `[pos, branch]`: each to the clean keys and values of earlier positions, and to its own.
+
+    Args:
+        clean: the document.
+        rows: the tokens that the branches are at, as places among its real tokens, ascending.
+    """
+
+    def __init__(self, clean: CleanRun, rows: Int[Tensor, "n"]):
+        self.clean, self.rows = clean, rows
+        self.rotation = rotation_at(clean.model.cfg.rotary, clean.columns[rows][:, None])
+        # Nothing at or after the last token is seen by any.
+        self.n_keys = int(rows.max())
+        places = torch.arange(self.n_keys, device=rows.device)
+        self.hidden: Bool[Tensor, "n key"] = places >= rows[:, None]
+
+    def mix(
+        self,
+        attention: Attention,
+        queries: Float[Tensor, "n branch head d_head"],
+        keys: Float[Tensor, "n branch kv_head d_head"],
+        values: Float[Tensor, "n branch kv_head d_value"],
+    ) -> Float[Tensor, "n branch head d_value"]:
+        layer, kv_heads = attention.layer, attention.n_key_value_heads
+        n_branches = queries.shape[1]
+        group = attention.n_heads // kv_heads
+        clean_keys = rearrange(self.clean.keys[layer][: self.n_keys], "key kv d -> kv d key")
+        clean_values = rearrange(self.clean.values[layer][: self.n_keys], "key kv d -> kv key d")
+        grouped = rearrange(queries, "n branch (kv group) d -> kv (n branch group) d", kv=kv_heads)
+        own_keys = rearrange(keys, "n branch kv d -> kv n branch 1 d")
+        own_values = repeat(values, "n branch kv d -> kv (n branch group) d", group=group)
+
+        scores = grouped @ clean_keys
+        own = einsum(
+            rearrange(queries, "n branch (kv group) d -> kv n branch group d", kv=kv_heads),
+            own_keys[..., 0, :],
+            "kv n branch group d, kv n branch d -> kv n branch group",
+        )
+        scores.mul_(attention.softmax_scale)
+        own = rearrange(own, "kv n branch group -> kv (n branch group) 1") * attention.softmax_scale
+        by_token = rearrange(scores, "kv (n each) key -> kv n each key", n=len(self.rows))
+        by_token.masked_fill_(self.hidden[:, None, :], -torch.inf)
+        pattern = torch.cat((scores, own), dim=-1).float().softmax(dim=-1).to(values.dtype)
+        z = pattern[..., :-1] @ clean_values + pattern[..., -1:] * own_values
+        return rearrange(z, "kv (n branch group) d -> n branch (kv group) d", branch=n_branches, group=group)
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """What each branch of a replay changes at one MoE layer.
+
+    Attributes:
+        layer: the MoE layer.
+        removed: for each branch, which slots (heaviest first) are changed; the same at every position, or with a
+            position axis. `single_slots(k)` is one expert each, `heaviest_slots(k)` progressive removal.
+        shared_removed: in which branches the shared experts are changed too; None is in none.
+    """
+
+    layer: int
+    removed: Bool[Tensor, "branch k"] | Bool[Tensor, "pos branch k"]
+    shared_removed: Bool[Tensor, "branch"] | None = None
+
+    @property
+    def n_branches(self) -> int:
+        return self.removed.shape[-2]
+
+    def at(self, chosen: slice, n: int) -> Bool[Tensor, "n branch k"]:
+        """The slots that are changed at a run of the replayed positions."""
+        if self.removed.ndim == 3:
+            return self.removed[chosen]
+        return repeat(self.removed, "branch k -> n branch k", n=n)
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """What came of every branch, in the order in which branches were given.
+
+    Attributes:
+        columns: the positions, as columns of the document.
+        clean_loss: of the clean run, nats.
+        outcomes: `"loss"` and those asked for; of each, one tensor for each of the `Branches`.
+        gap_norm: ||y - y_changed||_2 of the changed layer's output.
+        null: the same outcomes of the null branch, which changes nothing; None where none ran.
+    """
+
+    columns: Int[Tensor, "n"]
+    clean_loss: Float[Tensor, "n"]
+    outcomes: dict[str, list[Float[Tensor, "n branch"]]]
+    gap_norm: list[Float[Tensor, "n branch"]]
+    null: dict[str, list[Float[Tensor, "n"]]] | None
+
+    @property
+    def loss(self) -> list[Float[Tensor, "n branch"]]:
+        return self.outcomes["loss"]
+
+    @property
+    def delta_loss(self) -> list[Float[Tensor, "n branch"]]:
+        """The change of the loss: against the null branch of the same path where one ran, else the clean run."""
+        before = [self.clean_loss] * len(self.loss) if self.null is None else self.null["loss"]
+        return [loss - base[:, None] for loss, base in zip(self.loss, before, strict=True)]
+
+
+@torch.no_grad()
+def replay(
+    clean: CleanRun,
+    branches: Sequence[Branches],
+    *,
+    rows: Int[Tensor, "n"] | None = None,
+    change: Change | None = None,
+    outcomes: Sequence[Outcome] = (),
+    null_branch: bool = True,
+    memory_budget: int = 2**30,
+    values: Mapping[int, MoEValues] | None = None,
+) -> Replayed:
+    """The exact loss at each token after each change at that token.
+
+    Args:
+        clean: the document (`CleanRun.of(model, tokens)`).
+        branches: what is changed, at one MoE layer each; any number, in any order.
+        rows: at which tokens, as places among the document's real ones; None is all that have a next token.
+        change: how the removed slots are changed; None is `Change("zero")`.
+        outcomes: what is read beside the loss: `"kl"`, or `LogitDifference`s.
+        null_branch: run a branch that changes nothing beside them.
+        memory_budget: bytes that the branches may take at once. It divides the work and changes no number but by
+            the rounding of other kernel shapes.
+        values: `clean.moe(layer)` of layers, where they are at hand.
+
+    Raises:
+        ValueError: a layer without experts, a mask of another shape, a token without a next one, every slot removed
+            where the rest would take over (`renormalize`), or too many for `reroute`.
+        FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
+    """
+    change = change or Change()
+    rows = clean.has_next.nonzero()[:, 0] if rows is None else rows
+    _check(clean, branches, rows, change)
+    plan = ReplayPlan.make(clean.model, branches, len(rows), len(clean.tokens), memory_budget, null_branch)
+    parts: list[list[_Read]] = [[] for _ in branches]
+    nulls: list[list[_Read]] = [[] for _ in branches]
+    for group in plan.groups:
+        of_layer = {
+            layer: values[layer] if values and layer in values else clean.moe(layer)
+            for layer in {branches[i].layer for i in group}
+        }
+        for start in range(0, len(rows), plan.rows_at_once):
+            chosen = slice(start, start + plan.rows_at_once)
+            suffix = _Suffix(clean, rows[chosen], change, of_layer)
+            reads, null = suffix.run(
+                [(branches[i], branches[i].at(chosen, len(rows[chosen]))) for i in group],
+                outcomes,
+                null_branch,
+                memory_budget,
+            )
+            for i, read in zip(group, reads, strict=True):
+                parts[i].append(read)
+                if null is not None:
+                    nulls[i].append(null)
+    joined = [_joined(part) for part in parts]
+    joined_nulls = [_joined(part) for part in nulls] if null_branch else None
+    result = Replayed(
+        columns=clean.columns[rows],
+        clean_loss=clean.loss[rows],
+        outcomes={name: [part.outcomes[name] for part in joined] for name in joined[0].outcomes},
+        gap_norm=[part.gap_norm for part in joined],
+        null=None
+        if joined_nulls is None
+        else {name: [n.outcomes[name][:, 0] for n in joined_nulls] for name in joined_nulls[0].outcomes},
+    )
+    _require_finite(result, branches)
+    return result
+
+
+@dataclass(frozen=True)
+class _Read:
+    outcomes: dict[str, Float[Tensor, "n branch"]]
+    gap_norm: Float[Tensor, "n branch"]
+
+
+def _joined(parts: Sequence[_Read]) -> _Read:
+    outcomes = {name: torch.cat([part.outcomes[name] for part in parts]) for name in parts[0].outcomes}
+    return _Read(outcomes, torch.cat([part.gap_norm for part in parts]))
+
+
+@dataclass
+class _Suffix:
+    """Branches at a few tokens, from the first changed layer to the logits."""
+
+    clean: CleanRun
+    rows: Int[Tensor, "n"]
+    change: Change
+    values: Mapping[int, MoEValues]
+
+    def run(
+        self,
+        branches: Sequence[tuple[Branches, Bool[Tensor, "n branch k"]]],
+        outcomes: Sequence[Outcome],
+        null_branch: bool,
+        memory_budget: int,
+    ) -> tuple[list[_Read], _Read | None]:
+        """What is read of each, in their order; and of the null branch."""
+        model, attend = self.clean.model, ReplayAttend(self.clean, self.rows)
+        first = min(of.layer for of, _ in branches)
+        streams: Float[Tensor, "n branch d_model"] | None = None
+        places: dict[int, slice] = {}
+        gaps: dict[int, Tensor] = {}
+        for layer in range(first, model.cfg.n_layers):
+            if streams is not None:
+                streams = model.blocks[layer](streams, attend)
+            joining = []
+            if null_branch and layer == first:
+                k = self.values[layer].indices.shape[1]
+                nothing = torch.zeros(len(self.rows), 1, k, dtype=torch.bool, device=self.rows.device)
+                joining.append(self._starts(layer, nothing, None).streams)
+            width = sum(part.shape[1] for part in ([] if streams is None else [streams]) + joining)
+            for i, (of, removed) in enumerate(branches):
+                if of.layer != layer:
+                    continue
+                start = self._starts(layer, removed, of.shared_removed)
+                places[i], gaps[i] = slice(width, width + removed.shape[1]), start.gap_norm
+                width += removed.shape[1]
+                joining.append(start.streams)
+            if joining:
+                streams = torch.cat(([] if streams is None else [streams]) + joining, dim=1)
+        assert streams is not None
+        read = read_outcomes(self.clean, self.rows, streams, outcomes, memory_budget)
+        of_branches = [
+            _Read({name: value[:, places[i]] for name, value in read.items()}, gaps[i])
+            for i in range(len(branches))
+        ]
+        if not null_branch:
+            return of_branches, None
+        null = {name: value[:, :1] for name, value in read.items()}
+        return of_branches, _Read(null, torch.zeros_like(null["loss"]))
+
+    def _starts(
+        self, layer: int, removed: Bool[Tensor, "n branch k"], shared: Bool[Tensor, "branch"] | None
+    ) -> Starts:
+        return starts(self.clean, self.values[layer], self.rows, removed, self.change, shared)
+
+
+# ---- the plan ----
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Which branches go together, and how many positions at once.
+
+    Branches of several layers share a pass while all positions fit, so that short documents still make large
+    matrices; where one layer's branches alone are too many, their positions are divided.
+    """
+
+    groups: list[list[int]]
+    rows_at_once: int
+
+    @classmethod
+    def make(
+        cls,
+        model: HookedMoE,
+        branches: Sequence[Branches],
+        n_rows: int,
+        n_tokens: int,
+        memory_budget: int,
+        null_branch: bool,
+    ) -> ReplayPlan:
+        affordable = max(1, memory_budget // branch_bytes(model, n_tokens))
+        groups: list[list[int]] = []
+        width = 0
+        for i in sorted(range(len(branches)), key=lambda i: branches[i].layer):
+            added = branches[i].n_branches
+            if groups and (width + added) * n_rows <= affordable:
+                groups[-1].append(i)
+                width += added
+            else:
+                groups.append([i])
+                width = added + null_branch
+        widest = max(sum(branches[i].n_branches for i in group) + null_branch for group in groups)
+        return cls(groups, max(1, min(n_rows, affordable // widest)))
+
+
+def branch_bytes(model: HookedMoE, n_keys: int) -> int:
+    """About how much memory one branch at one token takes at its widest place."""
+    cfg, element = model.cfg, model.cfg.dtype.itemsize
+    stream = 6 * cfg.d_model * element
+    heads = cfg.n_heads * (n_keys * (2 * element + 8) + 6 * cfg.d_head * element)
+    experts = cfg.top_k * (4 * cfg.d_model + 4 * cfg.d_expert) * element
+    shared = 4 * cfg.shared.d_shared * element if cfg.shared else 0
+    dense = 4 * cfg.d_mlp * element if len(cfg.moe_layers) < cfg.n_layers else 0
+    return stream + max(heads, experts + shared, dense)
+
+
+# ---- checks ----
+
+
+def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, "n"], change: Change) -> None:
+    cfg = clean.model.cfg
+    if not branches:
+        raise ValueError("there are no branches, so there is nothing to replay")
+    if len(rows) == 0:
+        raise ValueError("no token of this document has a next one, so there is no loss to read")
+    if rows.ndim != 1 or int(rows.min()) < 0 or int(rows.max()) >= len(clean.tokens):
+        raise ValueError(f"rows must be places among the document's {len(clean.tokens)} tokens, not {rows}")
+    if not bool((rows[1:] > rows[:-1]).all()):
+        raise ValueError("rows must ascend, each once")
+    if not bool(clean.has_next[rows].all()):
+        column = int(clean.columns[rows[~clean.has_next[rows]][0]])
+        raise ValueError(f"position {column} has no next token, so there is no loss to read there")
+    change.check_model(clean.model, tuple({of.layer for of in branches}))
+    for of in branches:
+        if of.layer not in cfg.moe_layers:
+            raise ValueError(f"layer {of.layer} has no experts; those that have: {list(cfg.moe_layers)}")
+        shape = tuple(of.removed.shape)
+        if shape[-1] != cfg.top_k or of.removed.ndim not in (2, 3) or shape[-2] == 0:
+            raise ValueError(f"removed must be [branch, {cfg.top_k}] or [pos, branch, {cfg.top_k}], not {shape}")
+        if of.removed.ndim == 3 and shape[0] != len(rows):
+            raise ValueError(f"removed is of {shape[0]} positions, and {len(rows)} are replayed")
+        most = int(of.removed.sum(dim=-1).max())
+        if change.how == "renormalize" and most == cfg.top_k:
+            raise ValueError("renormalize needs a slot that stays: with all removed there is nothing to scale")
+        if change.how == "reroute" and cfg.n_experts - most < cfg.top_k:
+            raise ValueError(
+                f"reroute: {cfg.n_experts - most} experts remain to be chosen from, and {cfg.top_k} are wanted"
+            )
+        if of.shared_removed is not None:
+            check_shared(clean.model, change)
+            if tuple(of.shared_removed.shape) != (of.n_branches,):
+                raise ValueError(
+                    f"shared_removed must be [{of.n_branches}], one for each branch, not "
+                    f"{tuple(of.shared_removed.shape)}"
+                )
+
+
+def check_shared(model: HookedMoE, change: Change) -> None:
+    """Raises:
+    ValueError: the model has no shared experts, or this cannot be done to them.
+    """
+    if model.cfg.shared is None:
+        raise ValueError(f"{model.cfg.model_name} has no shared experts")
+    if change.how in ("renormalize", "reroute"):
+        raise ValueError(
+            f"how={change.how!r} is about the routed experts' weights; shared experts take 'zero', 'mean' or 'resample'"
+        )
+
+
+def _require_finite(result: Replayed, branches: Sequence[Branches]) -> None:
+    for name, of_branches in result.outcomes.items():
+        for of, value in zip(branches, of_branches, strict=True):
+            broken = (~value.isfinite()).nonzero()
+            if len(broken):
+                row, branch = broken[0].tolist()
+                raise FloatingPointError(
+                    f"{name} is {float(value[row, branch])} at position {int(result.columns[row])} after the change at "
+                    f"layer {of.layer}, branch {branch}"
+                )
