@@ -100,7 +100,7 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """
-    corpus = _corpus_of(model, batches_or_texts, attention_mask, batch_size)
+    corpus = corpus_of(model, batches_or_texts, attention_mask, batch_size)
     granularities = [check_granularity(name) for name in ([by] if isinstance(by, str) else by)]
     if "source" in granularities and max_positions is None:
         max_positions = corpus.longest()
@@ -139,7 +139,12 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     return results[granularities[0]] if isinstance(by, str) else results
 
 
-def _corpus_of(model: HookedMoE, given: Batches, mask: Mask | None, batch_size: int) -> Corpus:
+def corpus_of(model: HookedMoE, given: Batches, mask: Mask | None, batch_size: int) -> Corpus:
+    """Whatever a caller gave to be run, as batches of (tokens, mask).
+
+    Raises:
+        ValueError: it is no text, no tokens and no batches; a mask that goes with nothing; `batch_size` below 1.
+    """
     if operator.index(batch_size) < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
     if mask is not None and not isinstance(given, Tensor):

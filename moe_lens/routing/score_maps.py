@@ -227,7 +227,7 @@ def _checked_pairs(
     query: Positions, key: Positions, real: Bool[Tensor, "batch pos"]
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Query and key columns of every row, after the query was found to see the key."""
-    queries, keys = (_columns(given, name, real) for given, name in ((query, "query"), (key, "key")))
+    queries, keys = (position_columns(given, name, real) for given, name in ((query, "query"), (key, "key")))
     for row, (q, k) in enumerate(zip(queries.tolist(), keys.tolist(), strict=True)):
         if k > q:
             raise ValueError(
@@ -236,7 +236,17 @@ def _checked_pairs(
     return queries, keys
 
 
-def _columns(given: Positions, name: str, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+def position_columns(given: Positions, name: str, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+    """A position for every row, counted from the left.
+
+    Args:
+        given: a column for all rows, or one for each; negative from the end of the row, padding included.
+        name: of the argument, for the error.
+        real: true where tokens are.
+
+    Raises:
+        ValueError: no integers, not one for each row, no such position, or padding.
+    """
     n_rows, n_columns = real.shape
     try:
         listed = given.tolist() if isinstance(given, Tensor) else given

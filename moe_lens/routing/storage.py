@@ -48,8 +48,13 @@ def write_atomically(path: str | Path, arrays: Mapping[str, Tensor], facts: Mapp
     return Path(path)
 
 
-def read_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_arrays(
+    path: str | Path, what: str = "routing contributions"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_atomically` wrote.
+
+    Args:
+        what: the file should be of, for the error.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,7 +68,7 @@ def read_arrays(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = json.loads((file.metadata() or {})["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except Exception as error:
-        raise ValueError(f"{path.name} is no file of routing contributions: {error!r}") from error
+        raise ValueError(f"{path.name} is no file of {what}: {error!r}") from error
 
 
 def _umask() -> int:
