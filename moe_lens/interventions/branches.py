@@ -6,6 +6,7 @@ dtype; never as the whole output minus a part of it, which would round otherwise
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from moe_lens.interventions.changed_routing import choose, renormalized
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
-from moe_lens.interventions.expert_reference import ExpertReference, prefix_hashes
+from moe_lens.interventions.expert_reference import SHARED, ExpertReference, prefix_hashes
+from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.moe import MoE, applied_weights
+from moe_lens.routing.provenance import weights_fingerprint
 
 How = Literal["zero", "renormalize", "reroute", "mean", "resample"]
 HOWS: tuple[How, ...] = ("zero", "renormalize", "reroute", "mean", "resample")
-SHARED = -1
-"""The number that stands for a layer's shared experts where experts are numbered."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,31 @@ class Change:
         if not needs_reference and self.reference is not None:
             raise ValueError(f"how={self.how!r} reads no reference; 'mean' and 'resample' do")
 
-    def check_model(self, model: Any, layers: tuple[int, ...]) -> None:
+    def check_model(self, model: HookedMoE, layers: Iterable[int]) -> None:
         """Raises:
         ValueError: the reference is of another model, or lacks a layer.
         """
+        if self.reference is None:
+            return
+        of, cfg = self.reference.provenance, model.cfg
+        same_dtype = of["dtype"] == str(cfg.dtype).removeprefix("torch.")
+        if of["model"] != cfg.model_name or (same_dtype and of["weights"] != weights_fingerprint(model)):
+            raise ValueError(
+                f"the reference is of other weights ({of['model']}, {of['dtype']}) than this model's "
+                f"({cfg.model_name}); make one with expert_reference(model, batches)"
+            )
+        missing = sorted(set(layers) - set(self.reference.layers))
+        if missing:
+            raise ValueError(f"the reference lacks layers {missing}; it is of {list(self.reference.layers)}")
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON data, for provenance."""
+        facts: dict[str, Any] = {"how": self.how}
         if self.reference is not None:
-            self.reference.check_model(model, layers)
+            facts["reference"] = self.reference.fingerprint
+        if self.how == "resample":
+            facts["seed"] = self.seed
+        return facts
 
 
 class Starts(NamedTuple):
@@ -70,33 +90,49 @@ class Starts(NamedTuple):
 
 
 def replacements(
-    clean: CleanRun, values: MoEValues, rows: Int[Tensor, "n"], change: Change
-) -> tuple[Float[Tensor, "n k d_model"], Float[Tensor, "n d_model"] | None] | None:
-    """What stands in for every slot's output, and for the shared experts', at some tokens; None where nothing does."""
-    if change.reference is None:
+    clean: CleanRun,
+    values: MoEValues,
+    rows: Int[Tensor, " n"],
+    needed: Bool[Tensor, "n k"],
+    shared_needed: bool,
+    change: Change,
+) -> tuple[Float[Tensor, "n k d_model"], Float[Tensor, "n d_model"]] | None:
+    """What stands in for slots' outputs, and for the shared experts', at some tokens; None where nothing does.
+
+    Args:
+        needed: the slots that some branch changes. Others are zero, and nobody reads them: an expert that the
+            reference never met matters only where it is changed.
+    """
+    reference = change.reference
+    if reference is None:
         return None
     experts = values.indices[rows]
-    shared = None if values.shared_out is None else torch.full_like(rows, SHARED)
-    reference = change.reference
+    of_slots = torch.zeros(*experts.shape, values.resid_mid.shape[-1], device=rows.device)
+    of_shared = of_slots[:, 0].clone()
+    shared = torch.full_like(rows, SHARED)
     if change.how == "mean":
-        of_shared = None if shared is None else reference.mean_output(values.layer, shared)
-        return reference.mean_output(values.layer, experts), of_shared
+        of_slots[needed] = reference.mean_output(values.layer, experts[needed])
+        if shared_needed:
+            of_shared = reference.mean_output(values.layer, shared)
+        return of_slots, of_shared
     every = torch.ones_like(clean.tokens, dtype=torch.bool)
     prefixes = prefix_hashes(clean.tokens[None], every[None])[0, rows]
-    of_shared = (
-        None if shared is None else reference.resampled_output(values.layer, shared, prefixes, change.seed)
-    )
     per_slot = repeat(prefixes, "n -> n k", k=experts.shape[1])
-    return reference.resampled_output(values.layer, experts, per_slot, change.seed), of_shared
+    of_slots[needed] = reference.resampled_output(
+        values.layer, experts[needed], per_slot[needed], change.seed
+    )
+    if shared_needed:
+        of_shared = reference.resampled_output(values.layer, shared, prefixes, change.seed)
+    return of_slots, of_shared
 
 
 def starts(
     clean: CleanRun,
     values: MoEValues,
-    rows: Int[Tensor, "n"],
+    rows: Int[Tensor, " n"],
     removed: Bool[Tensor, "n branch k"],
     change: Change,
-    shared_removed: Bool[Tensor, "branch"] | None = None,
+    shared_removed: Bool[Tensor, " branch"] | None = None,
 ) -> Starts:
     """The streams with which branches leave an MoE layer.
 
@@ -110,7 +146,7 @@ def starts(
     expert_out = values.expert_out[rows][:, None]
     weights = values.weights[rows][:, None]
     contrib = values.contrib[rows][:, None]
-    instead = replacements(clean, values, rows, change)
+    instead = replacements(clean, values, rows, removed.any(dim=1), shared_removed is not None, change)
     if change.how == "reroute":
         changed = _rerouted(clean, values, rows, removed)
         # A branch that removes nothing is the layer as it was, slot by slot.
@@ -137,21 +173,19 @@ def starts(
         if shared_removed is None:
             out = out + shared
         else:
-            others = torch.zeros_like(shared)
-            if instead is not None and instead[1] is not None:
-                others = instead[1][:, None].to(shared.dtype)
+            others = torch.zeros_like(shared) if instead is None else instead[1][:, None].to(shared.dtype)
             of_branch = torch.where(shared_removed[None, :, None], others, shared)
             out, difference = out + of_branch, difference + (shared.float() - of_branch.float())
     return Starts(values.resid_mid[rows][:, None] + out, difference.norm(dim=-1))
 
 
 def _rerouted(
-    clean: CleanRun, values: MoEValues, rows: Int[Tensor, "n"], removed: Bool[Tensor, "n branch k"]
+    clean: CleanRun, values: MoEValues, rows: Int[Tensor, " n"], removed: Bool[Tensor, "n branch k"]
 ) -> Float[Tensor, "n branch k d_model"]:
     """Contributions when the removed experts had not been there to be chosen."""
     block: Any = clean.model.blocks[values.layer]
     mlp: MoE = block.mlp
-    n, n_branches, k = removed.shape
+    _, n_branches, k = removed.shape
     probabilities = repeat(values.probabilities[rows], "n e -> n branch e", branch=n_branches)
     indices = repeat(values.indices[rows], "n k -> n branch k", branch=n_branches)
     excluded = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, indices, removed)

@@ -46,7 +46,7 @@ class MoEValues:
     expert_out: Float[Tensor, "pos k d_model"]
     contrib: Float[Tensor, "pos k d_model"]
     shared_out: Float[Tensor, "pos d_model"] | None
-    shared_gate: Float[Tensor, "pos"]
+    shared_gate: Float[Tensor, " pos"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,21 +64,21 @@ class CleanRun:
     """
 
     model: HookedMoE
-    tokens: Int[Tensor, "pos"]
-    columns: Int[Tensor, "pos"]
+    tokens: Int[Tensor, " pos"]
+    columns: Int[Tensor, " pos"]
     resid_mid: list[Float[Tensor, "pos d_model"]]
     keys: list[Float[Tensor, "pos kv_head d_head"]]
     values: list[Float[Tensor, "pos kv_head d_value"]]
     final: Float[Tensor, "pos d_model"]
-    loss: Float[Tensor, "pos"]
+    loss: Float[Tensor, " pos"]
 
     @classmethod
     @torch.no_grad()
     def of(
         cls,
         model: HookedMoE,
-        tokens: Int[Tensor, "pos"],
-        mask: Bool[Tensor, "pos"] | None = None,
+        tokens: Int[Tensor, " pos"],
+        mask: Bool[Tensor, " pos"] | None = None,
     ) -> CleanRun:
         """Run one document. Padding, wherever it lies, is left out; the real tokens keep their positions.
 
@@ -108,14 +108,14 @@ class CleanRun:
         return cls(model, row, columns, **kept, final=final[0], loss=loss)
 
     @property
-    def has_next(self) -> Bool[Tensor, "pos"]:
+    def has_next(self) -> Bool[Tensor, " pos"]:
         """Whether the next column holds a real token: whether there is a loss."""
         followed = torch.zeros_like(self.columns, dtype=torch.bool)
         followed[:-1] = self.columns[1:] == self.columns[:-1] + 1
         return followed
 
     @property
-    def next_tokens(self) -> Int[Tensor, "pos"]:
+    def next_tokens(self) -> Int[Tensor, " pos"]:
         """The token after each; the last one's is itself, and means nothing (see `has_next`)."""
         return torch.cat((self.tokens[1:], self.tokens[-1:]))
 
@@ -157,7 +157,9 @@ def require_no_hooks(model: HookedMoE) -> None:
     Raises:
         ValueError: hook points carry hooks, which are named; or observers (an open `intervene`).
     """
-    hooked = [name for name, point in model.hook_dict.items() if point._forward_hooks or point._forward_pre_hooks]
+    hooked = [
+        name for name, point in model.hook_dict.items() if point._forward_hooks or point._forward_pre_hooks
+    ]
     if hooked or model.run_observers:
         raise ValueError(
             f"a replay runs the model without hooks, and it carries some (at {few(hooked) or 'an open intervene'}); "
@@ -173,8 +175,11 @@ def _keep_in(values: list[Tensor]) -> Callable[..., None]:
 
 
 def _next_token_loss(
-    model: HookedMoE, final: Float[Tensor, "one pos d_model"], tokens: Int[Tensor, "pos"], columns: Int[Tensor, "pos"]
-) -> Float[Tensor, "pos"]:
+    model: HookedMoE,
+    final: Float[Tensor, "one pos d_model"],
+    tokens: Int[Tensor, " pos"],
+    columns: Int[Tensor, " pos"],
+) -> Float[Tensor, " pos"]:
     loss = torch.full(columns.shape, torch.nan, device=columns.device)
     loss[:-1] = loss_per_token(model.unembed(model.ln_final(final)), tokens[None])[0]
     followed = columns[1:] == columns[:-1] + 1

@@ -43,7 +43,7 @@ def outcome_names(outcomes: Iterable[Outcome]) -> list[str]:
 
 def read_outcomes(
     clean: CleanRun,
-    rows: Int[Tensor, "n"],
+    rows: Int[Tensor, " n"],
     streams: Float[Tensor, "n branch d_model"],
     outcomes: Iterable[Outcome],
     memory_budget: int,
@@ -71,7 +71,7 @@ def read_outcomes(
 
 def _read(
     clean: CleanRun,
-    rows: Int[Tensor, "n"],
+    rows: Int[Tensor, " n"],
     streams: Float[Tensor, "n branch d_model"],
     outcomes: list[Outcome],
 ) -> dict[str, Float[Tensor, "n branch"]]:

@@ -43,7 +43,7 @@ class ReplayAttend(Attend):
         rows: the tokens that the branches are at, as places among its real tokens, ascending.
     """
 
-    def __init__(self, clean: CleanRun, rows: Int[Tensor, "n"]):
+    def __init__(self, clean: CleanRun, rows: Int[Tensor, " n"]):
         self.clean, self.rows = clean, rows
         self.rotation = rotation_at(clean.model.cfg.rotary, clean.columns[rows][:, None])
         # Nothing at or after the last token is seen by any.
@@ -95,7 +95,7 @@ class Branches:
 
     layer: int
     removed: Bool[Tensor, "branch k"] | Bool[Tensor, "pos branch k"]
-    shared_removed: Bool[Tensor, "branch"] | None = None
+    shared_removed: Bool[Tensor, " branch"] | None = None
 
     @property
     def n_branches(self) -> int:
@@ -120,11 +120,11 @@ class Replayed:
         null: the same outcomes of the null branch, which changes nothing; None where none ran.
     """
 
-    columns: Int[Tensor, "n"]
-    clean_loss: Float[Tensor, "n"]
+    columns: Int[Tensor, " n"]
+    clean_loss: Float[Tensor, " n"]
     outcomes: dict[str, list[Float[Tensor, "n branch"]]]
     gap_norm: list[Float[Tensor, "n branch"]]
-    null: dict[str, list[Float[Tensor, "n"]]] | None
+    null: dict[str, list[Float[Tensor, " n"]]] | None
 
     @property
     def loss(self) -> list[Float[Tensor, "n branch"]]:
@@ -142,7 +142,7 @@ def replay(
     clean: CleanRun,
     branches: Sequence[Branches],
     *,
-    rows: Int[Tensor, "n"] | None = None,
+    rows: Int[Tensor, " n"] | None = None,
     change: Change | None = None,
     outcomes: Sequence[Outcome] = (),
     null_branch: bool = True,
@@ -222,7 +222,7 @@ class _Suffix:
     """Branches at a few tokens, from the first changed layer to the logits."""
 
     clean: CleanRun
-    rows: Int[Tensor, "n"]
+    rows: Int[Tensor, " n"]
     change: Change
     values: Mapping[int, MoEValues]
 
@@ -269,7 +269,7 @@ class _Suffix:
         return of_branches, _Read(null, torch.zeros_like(null["loss"]))
 
     def _starts(
-        self, layer: int, removed: Bool[Tensor, "n branch k"], shared: Bool[Tensor, "branch"] | None
+        self, layer: int, removed: Bool[Tensor, "n branch k"], shared: Bool[Tensor, " branch"] | None
     ) -> Starts:
         return starts(self.clean, self.values[layer], self.rows, removed, self.change, shared)
 
@@ -327,7 +327,7 @@ def branch_bytes(model: HookedMoE, n_keys: int) -> int:
 # ---- checks ----
 
 
-def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, "n"], change: Change) -> None:
+def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, " n"], change: Change) -> None:
     cfg = clean.model.cfg
     if not branches:
         raise ValueError("there are no branches, so there is nothing to replay")
@@ -346,12 +346,16 @@ def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, "n"]
             raise ValueError(f"layer {of.layer} has no experts; those that have: {list(cfg.moe_layers)}")
         shape = tuple(of.removed.shape)
         if shape[-1] != cfg.top_k or of.removed.ndim not in (2, 3) or shape[-2] == 0:
-            raise ValueError(f"removed must be [branch, {cfg.top_k}] or [pos, branch, {cfg.top_k}], not {shape}")
+            raise ValueError(
+                f"removed must be [branch, {cfg.top_k}] or [pos, branch, {cfg.top_k}], not {shape}"
+            )
         if of.removed.ndim == 3 and shape[0] != len(rows):
             raise ValueError(f"removed is of {shape[0]} positions, and {len(rows)} are replayed")
         most = int(of.removed.sum(dim=-1).max())
         if change.how == "renormalize" and most == cfg.top_k:
-            raise ValueError("renormalize needs a slot that stays: with all removed there is nothing to scale")
+            raise ValueError(
+                "renormalize needs a slot that stays: with all removed there is nothing to scale"
+            )
         if change.how == "reroute" and cfg.n_experts - most < cfg.top_k:
             raise ValueError(
                 f"reroute: {cfg.n_experts - most} experts remain to be chosen from, and {cfg.top_k} are wanted"
