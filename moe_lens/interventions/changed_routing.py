@@ -59,9 +59,9 @@ def ranking(
 ) -> Int[Tensor, "batch pos expert"]:
     """All experts from the first rank to the last: those that the router may choose, by probability, then (under
     group-limited top-k) those of the other groups, by probability."""
-    eligible = eligible_probabilities(probabilities, cfg) > -torch.inf
-    # A probability is at most 1.
-    return (probabilities + 2 * eligible).argsort(dim=-1, descending=True, stable=True)
+    order = probabilities.argsort(dim=-1, descending=True, stable=True)
+    eligible = (eligible_probabilities(probabilities, cfg) > -torch.inf).gather(-1, order)
+    return order.gather(-1, eligible.long().argsort(dim=-1, descending=True, stable=True))
 
 
 def weights_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -263,6 +264,29 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
         return logit_difference(
             self, prompts, correct, incorrect, attention_mask=attention_mask, prepend_bos=prepend_bos
         )
+
+    def intervene(self, *specs: Any) -> AbstractContextManager[Any]:
+        """A context in which every run is changed by interventions, and which says what they did.
+
+            with model.intervene(Ablate("M1E9", pos=-1), TopK(4, layers=3)) as receipt:
+                logits = model(tokens)
+            print(receipt)
+
+        Args:
+            specs: from `moe_lens.interventions`: `Ablate`, `ForceExperts`, `ForbidExperts`, `SwapRanks`, `TopK`,
+                `RouterOnly`.
+
+        Returns:
+            A context manager, which gives the `Receipt`: how many (token, layer, expert) were asked for and how many
+            fired, over all runs inside.
+
+        Raises:
+            ValueError: what makes no sense in this model, at once; or for the tokens of a run, before it begins.
+            UnfiredIntervention: a run in which not everything happened, or no run at all.
+        """
+        from moe_lens.interventions.hooks import intervene
+
+        return intervene(self, *specs)
 
     def generate(
         self,
