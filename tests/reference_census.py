@@ -48,7 +48,7 @@ def experts_at(cache: Cache, layer: int, row: int, column: int, shared: bool) ->
     active = [(expert, slot + 1, weights[slot]) for slot, expert in enumerate(indices)]
     if shared:
         gate = cache.get(at + "hook_shared_gate")
-        active.append((SHARED, 0, 1.0 if gate is None else float(gate[row, column])))
+        active.append((SHARED, 0, 1.0 if gate is None else gate[row, column].item()))
     return active
 
 

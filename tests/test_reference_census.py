@@ -27,7 +27,6 @@ from tests.reference_choice import facts_of
 from tests.reference_interventions import SHARED, Place, real_places
 from tests.transformers_hooks import VARIANTS, WITH_SHARED, expert_alone, forward_hooks, on_gate
 
-PADDINGS = ("left", "right")
 Hooks = list[tuple[Any, Callable[..., Any]]]
 
 
@@ -76,7 +75,7 @@ def close(actual: float, expected: float, name: str) -> None:
 # --- losses and rows ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", ["none", *PADDINGS])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_losses(hf: Any, padding: str) -> None:
     """The same numbers as the reference of the loss, and NaN in the last column."""
     model, (tokens, mask) = hf("olmoe"), prompts(padding)
@@ -89,23 +88,22 @@ def test_losses(hf: Any, padding: str) -> None:
 
 
 def test_which_rows(hf: Any) -> None:
-    """Counted on fingers: 4 and 2 tokens with a next one, two layers, four experts, heaviest first."""
-    model = hf("olmoe")
+    """Counted on fingers: 4 and 2 tokens with a next one, two layers, two experts, heaviest first."""
+    model = hf("mixtral")
     for padding, first_columns in (("left", [1, 3]), ("right", [0, 0])):
         tokens, mask = batch(padding)
-        rows = census_rows(model, tokens, mask, layers=[0, 2])
+        rows = census_rows(model, tokens, mask, layers=[0, 1])
         places = [(0, first_columns[0] + n) for n in range(4)] + [(1, first_columns[1] + n) for n in range(2)]
         assert measured_places(tokens, mask) == places
         assert [(row["layer"], row["document"], row["position"], row["rank"]) for row in rows] == [
-            (layer, *place, rank) for layer in (0, 2) for place in places for rank in (1, 2, 3, 4)
+            (layer, *place, rank) for layer in (0, 1) for place in places for rank in (1, 2)
         ]
         last = {(0, first_columns[0] + 3), (1, first_columns[1] + 1)}  # no later token has a next one
         for row in rows:
             assert math.isnan(row["later_loss"]) == ((row["document"], row["position"]) in last)
 
 
-@pytest.mark.parametrize("scope", ["token", "sequence"])
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("scope", "padding"), [("token", "left"), ("sequence", "right")])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_census_is_transformers_without_the_expert(hf: Any, variant: str, padding: str, scope: str) -> None:
@@ -258,7 +256,7 @@ def test_first_order_is_the_slope_of_transformers_loss(hf: Any, variant: str) ->
     per_token = facts_of(model).top_k + shared
     assert len(rows) == 2 * 6 * per_token
     summed_is_another = 0.0
-    for row in rows:
+    for row in rows[::3]:
         place = row["document"], row["position"]
         factor = torch.ones((), requires_grad=True)
         hooks = scale_expert(model, row["layer"], tokens, [place], row["expert"], factor)
@@ -284,6 +282,7 @@ def test_first_order_is_the_change_for_a_small_part(hf: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "deepseek_v2_bias"])
+@torch.no_grad()
 def test_direct_parts_sum_to_the_logit(hf: Any, variant: str) -> None:
     """All parts of the last layer, and the stream before it, make the next token's logit less the mean logit."""
     model, (tokens, mask) = hf(variant), batch("left")
@@ -294,7 +293,6 @@ def test_direct_parts_sum_to_the_logit(hf: Any, variant: str) -> None:
     streams: list[Tensor] = []
     norm_before, last = model.model.layers[layer].post_attention_layernorm, model.model.norm
     with (
-        torch.no_grad(),
         forward_hooks(
             (norm_before, lambda module, args, output: before.append(args[0])),
             (last, lambda module, args, output: streams.append(args[0])),

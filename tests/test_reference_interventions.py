@@ -283,9 +283,11 @@ def test_zero_everywhere_is_a_matrix_of_zeros(hf: Any, variant: str) -> None:
         for layer in rule.moe_layers:
             mlp = model.model.layers[layer].mlp
             shared = getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
-            matrices.append(
-                shared.down_proj.weight.data if expert == SHARED else mlp.experts.down_proj.data[6]
-            )
+            if expert == SHARED:
+                assert shared is not None
+                matrices.append(shared.down_proj.weight.data)
+            else:
+                matrices.append(mlp.experts.down_proj.data[expert])
         kept = [matrix.clone() for matrix in matrices]
         try:
             for matrix in matrices:
