@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.reference import Cache, Edits, reference_logits
+from tests.reference import Cache, Edits, reference_cache, reference_logits, reference_run
 
 AXES = {
     "batch pos d_model": "hook_embed hook_resid_pre hook_resid_mid hook_resid_post hook_attn_out hook_mlp_out "
@@ -112,3 +112,86 @@ def expert_edits(mask: Tensor, clean: Cache, names: list[str], cell: Cell) -> Ed
             edits[at + point] = lambda value, name=at + point: keep(value, name)
         edits[at + "hook_mlp_out"] = lambda value, at=at: exchange(value, at)
     return edits
+
+
+# --- attribution patching -----------------------------------------------------------------------------------
+
+
+def reference_attributions(
+    hf_model: Any, patched: Tensor, other: Tensor, mask: Tensor, metric: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """`[pos]` for every head, routed expert and shared expert: gradient in the patched run times the difference."""
+    source = reference_cache(hf_model, other, mask)
+    zeros: Cache = {}
+
+    def plus_zero(value: Tensor, name: str) -> Tensor:
+        zeros[name] = torch.zeros_like(value, requires_grad=True)
+        return value + zeros[name]
+
+    names = [name for name in source if kind_of(name) in ("attn.hook_z", "hook_mlp_out")]
+    edits = {name: lambda value, name=name: plus_zero(value, name) for name in names}
+    logits, base = reference_run(hf_model, patched, mask, edits)
+    found = torch.autograd.grad(metric(logits), [zeros[name] for name in names], allow_unused=True)
+    gradients = dict(zip(names, found, strict=True))
+
+    n_layers = len(hf_model.model.layers)
+    out: dict[str, Tensor] = {}
+    for layer, (row, position) in product(range(n_layers), mask.nonzero().tolist()):
+        at = f"blocks.{layer}."
+
+        def add(name: str, change: Tensor, gradient: Tensor, position: int = position) -> None:
+            of_sender = out.setdefault(name, torch.zeros(mask.shape[1]))
+            of_sender[position] += (change * gradient).sum().detach()
+
+        z = at + "attn.hook_z"
+        for head in range(base[z].shape[2]):
+            change = source[z][row, position, head] - base[z][row, position, head]
+            add(f"A{layer}H{head}", change, gradients[z][row, position, head])
+        if at + "mlp.hook_expert_contrib" not in base:
+            continue
+        gradient = gradients[at + "hook_mlp_out"][row, position]
+        for expert in range(base[at + "mlp.hook_expert_weights"].shape[2]):
+            change = contribution(source, at, row, position, expert) - contribution(
+                base, at, row, position, expert
+            )
+            add(f"M{layer}E{expert}", change, gradient)
+        shared = at + "mlp.hook_shared_out"
+        if shared in base:
+            add(f"M{layer}S", source[shared][row, position] - base[shared][row, position], gradient)
+    return out
+
+
+def patch_of(sender: str) -> tuple[str, dict[str, int]]:
+    """The activation and the cell that a sender's name stands for."""
+    if sender.startswith("A"):
+        layer, head = sender[1:].split("H")
+        return "attn.hook_z", {"layer": int(layer), "head": int(head)}
+    if sender.endswith("S"):
+        return "mlp.hook_shared_out", {"layer": int(sender[1:-1])}
+    layer, expert = sender[1:].split("E")
+    return "mlp.hook_expert_contrib", {"layer": int(layer), "expert": int(expert)}
+
+
+def partly_patched_logits(
+    hf_model: Any, corrupted: Tensor, mask: Tensor, clean: Cache, sender: str, share: float
+) -> Tensor:
+    """Logits with a sender moved by a share of the way from what it writes in the corrupted run to the clean one,
+    while every token keeps the experts that it has in the corrupted run."""
+    activation, cell = patch_of(sender)
+    at = f"blocks.{cell['layer']}."
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, choice in reference_cache(hf_model, corrupted, mask).items():
+        if kind_of(name) == "mlp.hook_expert_indices":
+            edits[name] = lambda value, choice=choice: choice
+    if "expert" in cell:
+        moved = at + "hook_mlp_out"
+        edits |= expert_edits(mask, clean, [at + "mlp.hook_expert_contrib"], cell)
+        whole = edits[moved]
+    else:
+        moved = at + activation
+
+        def whole(value: Tensor) -> Tensor:
+            return replaced(value, clean[moved], mask, axes_of(activation), cell)
+
+    edits[moved] = lambda value: value + share * (whole(value.clone()) - value)
+    return reference_logits(hf_model, corrupted, mask, edits)

@@ -112,6 +112,7 @@ def test_every_point_has_its_axes(pair: Any, variant: str) -> None:
     assert set(pair(variant).reference) == set(pair(variant).model.hook_dict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_every_point_layer_by_layer(model_of: Any, pair: Any, variant: str) -> None:
     """The whole activation of one layer, and that of all layers together; global points whole."""
@@ -192,6 +193,7 @@ CUTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_one_index_at_a_time(pair: Any, variant: str) -> None:
     p = pair(variant)

@@ -232,7 +232,7 @@ def checked_metric(value: Any, what: str) -> Float[Tensor, ""]:
         )
         raise ValueError(f"the metric must give one floating number as a tensor, and gave {described}")
     value = value.reshape(())
-    if math.isnan(float(value)):
+    if math.isnan(float(value.detach())):
         raise ValueError(f"the metric is NaN in {what}")
     return value
 
