@@ -202,12 +202,9 @@ def check_memory(model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
     """
     numbers = sum(parameter.numel() for parameter in model.parameters())
     needed = numbers * cfg.dtype.itemsize
-    if cfg.device.type == "cuda":
-        free = torch.cuda.mem_get_info(cfg.device)[0]
-    elif cfg.device.type == "meta":
+    if cfg.device.type == "meta":
         return
-    else:
-        free = min(psutil.virtual_memory().available, _container_memory())
+    free = free_memory(cfg.device)
     gib = 2**30
     line = (
         f"{cfg.model_name}: {numbers / 1e6:,.1f} M parameters in {str(cfg.dtype).removeprefix('torch.')} take "
@@ -220,6 +217,13 @@ def check_memory(model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
         )
     if verbose:
         print(line, file=sys.stderr)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device, or for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _container_memory())
 
 
 def _container_memory() -> float:

@@ -1,5 +1,7 @@
 """Test: is the hooked model the model, and do its interventions do what they say?"""
 
+from moe_lens.audit.census import Census, census
+from moe_lens.audit.noise import NoiseFloor, noise_floor
 from moe_lens.audit.verification import Verification, verify
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Census", "NoiseFloor", "Verification", "census", "noise_floor", "verify"]

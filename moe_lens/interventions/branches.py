@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moe_lens.interventions.changed_routing import choose, renormalized
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
-from moe_lens.interventions.expert_reference import SHARED, ExpertReference, prefix_hashes
+from moe_lens.interventions.expert_outputs import SHARED
+from moe_lens.interventions.expert_reference import ExpertReference
+from moe_lens.interventions.token_hashes import prefix_hashes
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.moe import MoE, applied_weights
 from moe_lens.routing.provenance import weights_fingerprint

@@ -32,6 +32,16 @@ class LogitDifference:
     incorrect: int
     name: str = "logit_difference"
 
+    def check(self, d_vocab: int) -> None:
+        """Raises:
+        ValueError: a token outside the vocabulary, or one compared with itself.
+        """
+        for token in (self.correct, self.incorrect):
+            if not 0 <= token < d_vocab:
+                raise ValueError(f"{self}: token {token} is not in the vocabulary, 0..{d_vocab - 1}")
+        if self.correct == self.incorrect:
+            raise ValueError(f"{self} compares a token with itself")
+
 
 Outcome = Literal["kl"] | LogitDifference
 """`"kl"`: D_KL(clean prediction || the branch's), nats, over the vocabulary."""

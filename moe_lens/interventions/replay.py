@@ -18,7 +18,7 @@ Importance in Mixture-of-Experts Models" (arXiv:2606.10703), section 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,7 @@ class Replayed:
         clean_loss: of the clean run, nats.
         outcomes: `"loss"` and those asked for; of each, one tensor for each of the `Branches`.
         gap_norm: ||y - y_changed||_2 of the changed layer's output.
+        experts: the routed experts in the slots, heaviest first; of each `Branches`.
         null: the same outcomes of the null branch, which changes nothing; None where none ran.
     """
 
@@ -124,6 +125,7 @@ class Replayed:
     clean_loss: Float[Tensor, " n"]
     outcomes: dict[str, list[Float[Tensor, "n branch"]]]
     gap_norm: list[Float[Tensor, "n branch"]]
+    experts: list[Int[Tensor, "n k"]]
     null: dict[str, list[Float[Tensor, " n"]]] | None
 
     @property
@@ -147,7 +149,7 @@ def replay(
     outcomes: Sequence[Outcome] = (),
     null_branch: bool = True,
     memory_budget: int = 2**30,
-    values: Mapping[int, MoEValues] | None = None,
+    on_layer: Callable[[MoEValues], None] | None = None,
 ) -> Replayed:
     """The exact loss at each token after each change at that token.
 
@@ -160,7 +162,7 @@ def replay(
         null_branch: run a branch that changes nothing beside them.
         memory_budget: bytes that the branches may take at once. It divides the work and changes no number but by
             the rounding of other kernel shapes.
-        values: `clean.moe(layer)` of layers, where they are at hand.
+        on_layer: is handed what each layer did in the clean run, for whoever wants more of it than comes back.
 
     Raises:
         ValueError: a layer without experts, a mask of another shape, a token without a next one, every slot removed
@@ -173,11 +175,13 @@ def replay(
     plan = ReplayPlan.make(clean.model, branches, len(rows), len(clean.tokens), memory_budget, null_branch)
     parts: list[list[_Read]] = [[] for _ in branches]
     nulls: list[list[_Read]] = [[] for _ in branches]
+    experts: dict[int, Tensor] = {}
     for group in plan.groups:
-        of_layer = {
-            layer: values[layer] if values and layer in values else clean.moe(layer)
-            for layer in {branches[i].layer for i in group}
-        }
+        of_layer = {layer: clean.moe(layer) for layer in {branches[i].layer for i in group}}
+        for layer, layer_values in of_layer.items():
+            experts[layer] = layer_values.indices[rows]
+            if on_layer is not None:
+                on_layer(layer_values)
         for start in range(0, len(rows), plan.rows_at_once):
             chosen = slice(start, start + plan.rows_at_once)
             suffix = _Suffix(clean, rows[chosen], change, of_layer)
@@ -198,6 +202,7 @@ def replay(
         clean_loss=clean.loss[rows],
         outcomes={name: [part.outcomes[name] for part in joined] for name in joined[0].outcomes},
         gap_norm=[part.gap_norm for part in joined],
+        experts=[experts[of.layer] for of in branches],
         null=None
         if joined_nulls is None
         else {name: [n.outcomes[name][:, 0] for n in joined_nulls] for name in joined_nulls[0].outcomes},
@@ -383,11 +388,15 @@ def check_shared(model: HookedMoE, change: Change) -> None:
 
 def _require_finite(result: Replayed, branches: Sequence[Branches]) -> None:
     for name, of_branches in result.outcomes.items():
-        for of, value in zip(branches, of_branches, strict=True):
+        for i, (of, value) in enumerate(zip(branches, of_branches, strict=True)):
             broken = (~value.isfinite()).nonzero()
             if len(broken):
                 row, branch = broken[0].tolist()
+                removed = of.at(slice(row, row + 1), 1)[0, branch]
+                names = [f"M{of.layer}E{expert}" for expert in result.experts[i][row, removed].tolist()]
+                if of.shared_removed is not None and bool(of.shared_removed[branch]):
+                    names.append(f"M{of.layer}S")
                 raise FloatingPointError(
-                    f"{name} is {float(value[row, branch])} at position {int(result.columns[row])} after the change at "
-                    f"layer {of.layer}, branch {branch}"
+                    f"{name} is {float(value[row, branch])} at position {int(result.columns[row])} after the change of "
+                    f"{', '.join(names) or 'nothing'} at layer {of.layer}"
                 )

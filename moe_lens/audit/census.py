@@ -1,0 +1,454 @@
+"""The census: every active expert ablated at every token of a corpus, one at a time.
+
+For each document, position t with a next token, MoE layer and expert active there: what becomes of the loss at t when
+this expert is changed at t (scope `token`), by exact replay; or when it is changed at every position where it is
+active (scope `sequence`). Every metric, control and test of an audit is then a query on one table.
+
+Source: the functional importance and gap norm of "From Observation to Intervention: A Causal Audit of Expert
+Importance in Mixture-of-Experts Models" (arXiv:2606.10703), section 2; there at n = 200 sampled positions, here at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_lens.audit.census_document import (
+    PREDICTORS,
+    SCOPES,
+    CensusOutcome,
+    Predictor,
+    Scope,
+    Settings,
+    rows_of,
+)
+from moe_lens.audit.census_rows import dtypes_with
+from moe_lens.audit.census_table import Census, CensusWriter
+from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
+from moe_lens.interventions.branches import Change, How
+from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
+from moe_lens.interventions.expert_reference import ExpertReference
+from moe_lens.interventions.outcomes import LogitDifference
+from moe_lens.interventions.replay import branch_bytes, check_shared
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.routing.arguments import positive_integer
+from moe_lens.routing.contributions import Batches, corpus_of
+from moe_lens.routing.documents import real_tokens
+from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
+from moe_lens.routing.readout import check_receivers
+from moe_lens.routing.runs import Corpus, Mask
+
+__all__ = ["Census", "LogitDifference", "census"]
+
+
+def census(
+    model: HookedMoE,
+    tokens_or_batches: Batches,
+    *,
+    attention_mask: Mask | None = None,
+    layers: Sequence[int] | int | None = None,
+    how: How = "zero",
+    scope: Scope = "token",
+    reference: ExpertReference | None = None,
+    seed: int = 0,
+    shared: bool = False,
+    n: int | None = None,
+    outcome: CensusOutcome | Sequence[CensusOutcome] = (),
+    predictors: Predictor | Sequence[Predictor] = (),
+    output: str | Path | None = None,
+    memory_budget: int = 2**30,
+    noise_samples: int = 32,
+    save_every: float = 30.0,
+    batch_size: int = 8,
+    verbose: bool = False,
+) -> Census:
+    """Change every active expert at every token, one at a time, and record what becomes of the loss.
+
+    One row for each (document, position, layer, active routed expert), in that order but layers before positions:
+    `document`, `position` (the column), `layer`, `expert`, `rank` (1 the heaviest), `routing_weight` (as applied),
+    `gap_norm` (||y - y_changed||_2 of the layer's output), `loss` (nats, clean), `delta_loss` (nats). Positions whose
+    next token is missing or padding are no rows.
+
+    Args:
+        model: in float32, bfloat16 or float16, on any device. It must carry no hooks.
+        tokens_or_batches: tokens `[batch, pos]`, one document a row; texts; or batches of (tokens, mask), a
+            `TokenBatches` for one. All tokens are held in memory.
+        attention_mask: of tokens given as one tensor: true where they are real.
+        layers: MoE layers; None is all.
+        how: `zero`, `renormalize`, `reroute`, `mean` or `resample`; see `Ablate`.
+        scope: `token`: the expert is changed at one position, and the loss is read there. `sequence`: it is changed
+            wherever it is active in the document. These are different experiments.
+        reference: what `mean` and `resample` read (`expert_reference(model, batches)`).
+        seed: of `resample`'s draws and of the sample of positions.
+        shared: also change the shared experts, as expert -1 of rank 0, with their gate as routing weight.
+        n: a sample of so many positions, uniform over the corpus without replacement, instead of all.
+        outcome: beside the loss: `"kl"` (column `kl`: D_KL(clean || changed), nats), `LogitDifference(correct,
+            incorrect)` (column `delta_logit_difference`, logits), `"later_loss"` (column `delta_later_loss`: the mean
+            change of the losses after the position, nats, NaN where there is none; needs scope `token`, and a pass of
+            its own for every position).
+        predictors: `"first_order"` (column `first_order`, nats) and `"direct"` (column `direct`, logits); see
+            `moe_lens.interventions.first_order`.
+        output: a folder for a parquet dataset, written as it goes. A killed run goes on from it with the same call,
+            and gives the same numbers.
+        memory_budget: bytes for the branches at work; see `benchmarks/census.py` for what it buys.
+        noise_samples: in half precision, how many ablations are repeated by hooked full forward passes and in float32
+            to measure the noise floor that is stored; 0 leaves it out.
+        save_every: seconds between shards.
+        batch_size: rows of tokens given as one tensor, at a time; it changes no number.
+        verbose: print the plan, show progress.
+
+    Returns:
+        The table; `facts` holds the noise floor. In half precision changes are counted from a null branch, which runs
+        the same path and changes nothing, and its own change is the column `null_delta_loss`.
+
+    Raises:
+        ValueError: what makes no sense, before anything runs; a folder of another run; a model with hooks.
+        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with.
+        FloatingPointError: a NaN or an infinity on the way, with its document, position, layer and expert.
+    """
+    require_no_hooks(model)
+    settings = _settings(
+        model, layers, how, scope, reference, seed, shared, outcome, predictors, memory_budget
+    )
+    if n is not None:
+        n = positive_integer(n, "n")
+    corpus = corpus_of(model, tokens_or_batches, attention_mask, batch_size)
+    documents = Documents.of(model, corpus)
+    positions = documents.sampled(n, seed)
+    settings.change.check_model(model, settings.layers)
+    if settings.null_branch and noise_samples:
+        require_room_for_float32(model)
+    plan = CensusPlan.of(model, documents, positions, settings, noise_samples)
+    if verbose:
+        print(plan.describe(corpus.description))
+    identity = _identity(model, settings, corpus, documents, n, seed, noise_samples)
+    extra = settings.columns
+    started = time.monotonic()
+    with CensusWriter(
+        output,
+        identity,
+        extra=extra,
+        may_be_nan=["delta_later_loss"] if "delta_later_loss" in extra else [],
+        save_every=save_every,
+    ) as writer:
+        n_done = writer.n_documents_done
+        progress = tqdm(
+            total=sum(plan.ablations),
+            initial=sum(plan.ablations[:n_done]),
+            unit=" ablations",
+            unit_scale=True,
+            disable=not verbose,
+        )
+        with progress:
+            for number in range(n_done, len(documents)):
+                writer.add_document(number, _document(model, documents, number, positions[number], settings))
+                progress.update(plan.ablations[number])
+        noise = _noise(model, documents, positions, settings, noise_samples, seed, writer.finished)
+        return writer.finish(
+            {
+                "noise_floor": None if noise is None else asdict(noise),
+                "seconds": time.monotonic() - started,
+            }
+        )
+
+
+# ---- what is asked for ----
+
+
+def _settings(
+    model: HookedMoE,
+    layers: Sequence[int] | int | None,
+    how: How,
+    scope: Scope,
+    reference: ExpertReference | None,
+    seed: int,
+    shared: bool,
+    outcome: CensusOutcome | Sequence[CensusOutcome],
+    predictors: Predictor | Sequence[Predictor],
+    memory_budget: int,
+) -> Settings:
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} must be one of {', '.join(map(repr, SCOPES))}")
+    outcomes = (outcome,) if isinstance(outcome, (str, LogitDifference)) else tuple(outcome)
+    for asked in outcomes:
+        if asked not in ("kl", "later_loss") and not isinstance(asked, LogitDifference):
+            raise ValueError(f"outcome {asked!r} must be 'kl', 'later_loss' or a LogitDifference")
+        if isinstance(asked, LogitDifference):
+            asked.check(model.cfg.d_vocab)
+    if "later_loss" in outcomes and scope == "sequence":
+        raise ValueError(
+            "later_loss is of a change at one token; under scope='sequence' every later position is changed itself"
+        )
+    chosen = (predictors,) if isinstance(predictors, str) else tuple(predictors)
+    for name in chosen:
+        if name not in PREDICTORS:
+            raise ValueError(f"predictor {name!r} must be one of {', '.join(map(repr, PREDICTORS))}")
+    change = Change(how, reference, seed)
+    if shared:
+        check_shared(model, change)
+    router = model.cfg.router
+    if how == "renormalize" and router.top_k == 1:
+        raise ValueError("renormalize needs an expert that stays, and this model's routers choose one")
+    if how == "reroute" and router.n_experts - 1 < router.top_k:
+        raise ValueError("reroute needs an expert to take the slot, and this model's routers choose all")
+    settings = Settings(
+        layers=check_receivers(model, [layers] if isinstance(layers, int) else layers),
+        change=change,
+        scope=scope,
+        shared=shared,
+        outcomes=outcomes,
+        predictors=chosen,
+        null_branch=model.cfg.dtype != torch.float32,
+        memory_budget=positive_integer(memory_budget, "memory_budget"),
+    )
+    names = settings.columns
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two columns would be named alike: {names}; give LogitDifferences names of their own"
+        )
+    return settings
+
+
+def _identity(
+    model: HookedMoE,
+    settings: Settings,
+    corpus: Corpus,
+    documents: Documents,
+    n: int | None,
+    seed: int,
+    noise_samples: int,
+) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with, and what the table is of."""
+    cfg = model.cfg
+    return {
+        "kind": "census",
+        "model": cfg.model_name,
+        "revision": cfg.revision,
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "weights": weights_fingerprint(model),
+        **settings.change.describe(),
+        "scope": settings.scope,
+        "layers": list(settings.layers),
+        "shared": settings.shared,
+        "outcomes": [
+            asdict(asked) if isinstance(asked, LogitDifference) else asked for asked in settings.outcomes
+        ],
+        "predictors": list(settings.predictors),
+        "corpus": corpus.description,
+        "tokens": documents.fingerprint,
+        "documents": documents.names,
+        "sample": None if n is None else {"n": n, "seed": seed},
+        "memory_budget": settings.memory_budget,
+        "noise_samples": noise_samples if settings.null_branch else 0,
+        "versions": {name: version(name) for name in ("moe-lens", "torch", "transformers")},
+    }
+
+
+# ---- the corpus ----
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Rows of tokens with their masks, one document each.
+
+    Attributes:
+        rows: (tokens, mask).
+        fingerprint: of all real tokens.
+        names: where the corpus has them.
+    """
+
+    rows: list[tuple[Int[Tensor, " pos"], Bool[Tensor, " pos"]]]
+    fingerprint: str
+    names: list[str] | None
+
+    @classmethod
+    def of(cls, model: HookedMoE, corpus: Corpus) -> Documents:
+        """All documents of a corpus, checked.
+
+        Raises:
+            ValueError: tokens that the model cannot take; no documents.
+        """
+        rows, digest = [], TokenDigest()
+        for given, given_mask in corpus:
+            tokens, mask = model.tokens_and_mask(given, given_mask)
+            real = real_tokens(tokens, mask)
+            digest.add(tokens, real)
+            rows += list(zip(tokens.cpu(), real.cpu(), strict=True))
+        if not rows:
+            raise ValueError("there are no documents, so there is nothing to count")
+        listed = getattr(corpus.source, "documents", None)
+        names = None if listed is None else [document.name for document in listed]
+        return cls(rows, digest.hexdigest(), names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, number: int) -> str:
+        return f"document {number}" + ("" if self.names is None else f" ({self.names[number]})")
+
+    def measurable(self) -> Iterator[Int[Tensor, " n"]]:
+        """Of each document: the tokens that have a next one, as places among its real ones."""
+        for _, real in self.rows:
+            columns = real.nonzero()[:, 0]
+            yield (columns[1:] == columns[:-1] + 1).nonzero()[:, 0]
+
+    def sampled(self, n: int | None, seed: int) -> list[Int[Tensor, " n"]]:
+        """The tokens to be measured, of each document: all, or a uniform sample without replacement.
+
+        Raises:
+            ValueError: there are none, or fewer than n.
+        """
+        every = list(self.measurable())
+        lengths = [len(places) for places in every]
+        total = sum(lengths)
+        if total == 0:
+            raise ValueError("no position has a next token, so there is no loss to measure")
+        if n is None:
+            return every
+        if n > total:
+            raise ValueError(f"n={n} positions are wanted, and the corpus has {total} with a next token")
+        chosen = torch.zeros(total, dtype=torch.bool)
+        chosen[np.random.default_rng(seed).choice(total, n, replace=False)] = True
+        return [places[kept] for places, kept in zip(every, torch.split(chosen, lengths), strict=True)]
+
+
+# ---- the plan ----
+
+
+@dataclass(frozen=True)
+class CensusPlan:
+    """What a census takes.
+
+    Attributes:
+        ablations: rows of each document.
+        layer_tokens: tokens that go through one later layer, over everything: the work.
+        passes: under scope `sequence`, the most suffix passes there can be: one per (document, layer, expert).
+        model: for the sizes.
+        settings, noise_samples: as asked for.
+    """
+
+    ablations: list[int]
+    layer_tokens: int
+    passes: int
+    model: HookedMoE
+    settings: Settings
+    noise_samples: int
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedMoE,
+        documents: Documents,
+        positions: Sequence[Int[Tensor, " n"]],
+        settings: Settings,
+        noise_samples: int,
+    ) -> CensusPlan:
+        cfg = model.cfg
+        per_position = cfg.top_k + settings.shared
+        ablations = [len(places) * per_position * len(settings.layers) for places in positions]
+        depth = sum(cfg.n_layers - 1 - layer for layer in settings.layers)
+        layer_tokens, passes = 0, 0
+        for (_, real), places in zip(documents.rows, positions, strict=True):
+            if len(places) == 0:
+                continue
+            n_tokens = int(real.sum())
+            n_experts = min(cfg.n_experts, len(places) * cfg.top_k) + settings.shared
+            if settings.scope == "sequence":
+                passes += n_experts * len(settings.layers)
+                layer_tokens += n_experts * n_tokens * depth
+            else:
+                layer_tokens += len(places) * per_position * depth
+            if "later_loss" in settings.outcomes:
+                layer_tokens += int((n_tokens - places).sum()) * per_position * depth
+        return cls(ablations, layer_tokens, passes, model, settings, noise_samples)
+
+    def describe(self, corpus: str) -> str:
+        settings, cfg = self.settings, self.model.cfg
+        lines = [
+            f"corpus: {corpus}",
+            f"plan: {sum(self.ablations):,} ablations ({settings.change.how}, scope {settings.scope}) at "
+            f"{len(settings.layers)} layers; {self.layer_tokens:,} tokens through a later layer and "
+            f"{sum(self.ablations):,} predictions over {cfg.d_vocab:,} tokens; about "
+            f"{self.flops / 1e12:,.1f} TFLOP",
+            f"memory: branches take up to {settings.memory_budget / 2**30:,.2f} GiB, "
+            f"{branch_bytes(self.model, min(cfg.n_ctx, 512)) / 2**10:,.0f} KiB each at 512 tokens",
+        ]
+        if settings.scope == "sequence":
+            lines.append(
+                f"scope sequence: up to {self.passes:,} suffix passes, one per (document, layer, expert)"
+            )
+        if settings.null_branch:
+            noise = (
+                f"noise floor from {self.noise_samples} ablations in full forward passes, and in float32"
+                if self.noise_samples
+                else "noise floor not measured (noise_samples=0)"
+            )
+            lines.append(f"half precision: changes are counted from a null branch; {noise}")
+        return "\n".join(lines)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the later layers' matrices and the predictions, two for each multiply-add."""
+        block: Any = self.model.blocks[self.model.cfg.moe_layers[-1]]
+        cfg = self.model.cfg
+        experts = sum(p.numel() for p in block.mlp.experts.parameters()) * cfg.top_k / cfg.n_experts
+        rest = sum(p.numel() for p in block.parameters()) - sum(
+            p.numel() for p in block.mlp.experts.parameters()
+        )
+        predictions = sum(self.ablations) * cfg.d_model * cfg.d_vocab
+        return 2.0 * (self.layer_tokens * (experts + rest) + predictions)
+
+
+# ---- the run ----
+
+
+def _document(
+    model: HookedMoE,
+    documents: Documents,
+    number: int,
+    places: Int[Tensor, " n"],
+    settings: Settings,
+) -> Mapping[str, np.ndarray | Tensor]:
+    if len(places) == 0:
+        return {
+            name: np.zeros(0, dtype)
+            for name, dtype in dtypes_with(settings.columns).items()
+            if name != "document"
+        }
+    tokens, real = documents.rows[number]
+    try:
+        clean = CleanRun.of(model, tokens, real)
+        return rows_of(clean, places.to(clean.tokens.device), settings)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{documents.name(number)}: {error}") from error
+
+
+def _noise(
+    model: HookedMoE,
+    documents: Documents,
+    positions: Sequence[Int[Tensor, " n"]],
+    settings: Settings,
+    noise_samples: int,
+    seed: int,
+    finished: bool,
+) -> NoiseFloor | None:
+    if finished or not settings.null_branch or noise_samples == 0:
+        return None
+    return noise_floor(
+        model,
+        [(row, places) for row, places in zip(documents.rows, positions, strict=True) if len(places)],
+        layers=settings.layers,
+        n_samples=noise_samples,
+        seed=seed,
+        memory_budget=settings.memory_budget,
+    )
