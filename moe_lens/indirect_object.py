@@ -11,6 +11,7 @@ sentences of another kind, so that the model knows them as names; held-out templ
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -339,3 +340,35 @@ def indirect_object_prompts(
         )
         prompts.append(IndirectObjectPrompt(text, f" {indirect_object}", f" {subject}", order, template))
     return prompts
+
+
+def corrupted_prompts(
+    prompts: Sequence[IndirectObjectPrompt], *, names: Part = "heldout", seed: int = 0
+) -> list[str]:
+    """The same sentences about three other people: every mention of a name becomes a name of its own.
+
+    "When Mary and John went to the store, John gave a drink to" becomes "When Simon and Frank went to the store, Jack
+    gave a drink to". Nobody is repeated, so nothing says who receives; all else is as it was. It is the distribution
+    pABC of Wang et al. 2023, section 3.
+
+    Args:
+        prompts: from `indirect_object_prompts`.
+        names: which names are drawn from, as there; neither of the prompt's own names is taken.
+        seed: The same seed gives the same prompts.
+
+    Raises:
+        ValueError: an unknown part; a prompt that does not hold its names three times.
+    """
+    candidates = _part(names, TRAIN_NAMES, HELD_OUT_NAMES, "names")
+    generator = random.Random(seed)
+    texts = []
+    for prompt in prompts:
+        own = [prompt.indirect_object.strip(), prompt.subject.strip()]
+        pieces = re.split(rf"\b(?:{'|'.join(map(re.escape, own))})\b", prompt.text)
+        if len(pieces) != 4:
+            raise ValueError(
+                f"{prompt.text!r} mentions {' and '.join(own)} {len(pieces) - 1} times, not three times"
+            )
+        others = generator.sample([name for name in candidates if name not in own], 3)
+        texts.append("".join(piece + name for piece, name in zip(pieces, [*others, ""], strict=True)))
+    return texts

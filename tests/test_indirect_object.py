@@ -9,6 +9,8 @@ from moe_lens.indirect_object import (
     HELD_OUT_TEMPLATES,
     TRAIN_NAMES,
     TRAIN_TEMPLATES,
+    IndirectObjectPrompt,
+    corrupted_prompts,
     indirect_object_prompts,
 )
 
@@ -88,3 +90,41 @@ def test_own_templates_are_used():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         indirect_object_prompts(**arguments)
+
+
+@pytest.mark.parametrize("names", ["train", "heldout", "all"])
+def test_corrupted_prompts_are_about_three_other_people(names):
+    prompts = indirect_object_prompts(300, names="all", templates="all", seed=2)
+    corrupted = corrupted_prompts(prompts, names=names, seed=4)
+    pool = {"train": TRAIN_NAMES, "heldout": HELD_OUT_NAMES, "all": TRAIN_NAMES + HELD_OUT_NAMES}[names]
+    assert len(corrupted) == 300
+    for prompt, text in zip(prompts, corrupted, strict=True):
+        new = names_in(text)
+        assert len(set(new)) == len(new) == 3
+        assert set(new) <= set(pool)
+        assert not set(new) & set(names_in(prompt.text))
+        # All else is as it was.
+        rest = [
+            [w for w in t.split() if w.strip(".,") not in TRAIN_NAMES + HELD_OUT_NAMES]
+            for t in (text, prompt.text)
+        ]
+        assert rest[0] == rest[1]
+    assert corrupted == corrupted_prompts(prompts, names=names, seed=4)
+    assert corrupted != corrupted_prompts(prompts, names=names, seed=5)
+
+
+def test_a_name_within_a_word_is_no_name():
+    prompt = IndirectObjectPrompt(
+        "At the market Mark met Rose, and Rose gave a map to", " Mark", " Rose", "ABBA", ""
+    )
+    (text,) = corrupted_prompts([prompt])
+    assert text.startswith("At the market ")
+    assert len(names_in(text)) == 3
+
+
+def test_a_prompt_that_lacks_its_names_is_not_corrupted():
+    prompt = IndirectObjectPrompt("Mary met John", " Mary", " John", "ABBA", "")
+    with pytest.raises(ValueError, match="'Mary met John' mentions Mary and John 2 times, not three times"):
+        corrupted_prompts([prompt])
+    with pytest.raises(ValueError, match="names must be one of"):
+        corrupted_prompts([prompt], names="test")

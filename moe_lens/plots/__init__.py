@@ -8,6 +8,7 @@ from moe_lens.plots.correlation import rank_correlation
 from moe_lens.plots.experts import embedding_line, expert_lines
 from moe_lens.plots.heads import head_map, own_block_head_map
 from moe_lens.plots.load import load_heatmap
+from moe_lens.plots.name_movers import name_mover_maps
 from moe_lens.plots.sources import source_heatmap, source_maps
 from moe_lens.plots.stripes import stripes
 from moe_lens.plots.style import literal
@@ -24,6 +25,7 @@ __all__ = [
     "head_map",
     "literal",
     "load_heatmap",
+    "name_mover_maps",
     "own_block_head_map",
     "rank_correlation",
     "source_heatmap",
