@@ -56,5 +56,12 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def _draws(source: str) -> bool:
     """Whether a cell ends with a figure."""
     last = source.strip().splitlines()[-1]
-    figures = ("stripes(", "expert_lines(", "own_block_head_map(", "embedding_line(", "token_projection(")
+    figures = (
+        "stripes(",
+        "expert_lines(",
+        "own_block_head_map(",
+        "embedding_line(",
+        "token_projection(",
+        "name_mover_maps(",
+    )
     return last.startswith(figures) or last.endswith(".waterfall()")
