@@ -193,6 +193,10 @@ def test_which_are_measured(pair: Any) -> None:
         row = result.senders.index(f"M1E{expert}")
         assert result.measured[row, result.positions.index(column)] == "no difference"
 
+    # Nor has any head of the first layer where both inputs are still the same.
+    early = p.run(senders="head", layers=0, positions=[0, 1], exact="all")
+    assert set(early.measured.ravel()) == {"no difference"}
+
     same, other = p.run(exact=4, by_position=True), p.run(exact=4, by_position=True, seed=1)
     assert np.array_equal(same.measured, result.measured)
     assert not np.array_equal(other.measured, result.measured)

@@ -89,7 +89,7 @@ def attribution_patch(
             estimate for the patch of all of them together.
         exact: by how many activation patches the estimate is judged, each a forward pass: `"all"`; n, the n largest
             attributions and n drawn at random of the others; or None. A sender that writes the same in both runs has
-            an effect of exactly 0 and is not counted.
+            an effect of exactly 0 and is not counted; one that differs by rounding alone is.
         layers: those whose senders are wanted; None is all.
         positions: the places to patch; None is every real token.
         seed: of the random draw.
