@@ -109,8 +109,7 @@ class Shard:
             "first": self.first, "end": self.end, "n_rows": self.n_rows(), "rows": [*self.rows.items()],
         }  # fmt: skip
         schema = _schema(dtypes)
-        # The loss is the same for all rows of a position, and a dictionary says it once.
-        repeated = [name for name, dtype in dtypes.items() if dtype.kind == "i" or name == "loss"]
+        integers = [name for name, dtype in dtypes.items() if dtype.kind == "i"]
         rows = pa.table([pa.array(values) for values in self.source.values()], schema=schema)
         with (
             whole_or_not(path) as unfinished,
@@ -118,9 +117,10 @@ class Shard:
                 unfinished,
                 schema,
                 compression="zstd",
-                use_dictionary=repeated,  # pyright: ignore[reportArgumentType]
-                column_encoding={name: "BYTE_STREAM_SPLIT" for name in dtypes if name not in repeated},
-                write_statistics=repeated,  # pyright: ignore[reportArgumentType]
+                use_dictionary=integers,  # pyright: ignore[reportArgumentType]
+                # Of floating-point numbers the bytes of each place go together; a loss that is repeated packs well too.
+                column_encoding={name: "BYTE_STREAM_SPLIT" for name in dtypes if name not in integers},
+                write_statistics=integers,  # pyright: ignore[reportArgumentType]
                 write_page_checksum=True,
                 store_schema=False,
             ) as file,

@@ -51,14 +51,14 @@ def _summary_of(rows: Columns, chosen: Bool[np.ndarray, " row"]) -> dict[str, An
     line: dict[str, Any] = {"n_rows": int(chosen.sum()), "n_documents": len(starts)}
     for name in _AVERAGED:
         values = rows[name][chosen].astype(np.float64)
-        line[name], line[f"{name}_standard_error"] = _clustered_mean(values, starts)
+        line[name], line[f"{name}_standard_error"] = clustered_mean(values, starts)
         if name == "delta_loss":
             points = np.percentile(values, [*_PERCENTILES.values()])
             line |= {f"{name}_{point}": value for point, value in zip(_PERCENTILES, points, strict=True)}
     return line
 
 
-def _clustered_mean(
+def clustered_mean(
     values: Float[np.ndarray, " row"], starts: Int[np.ndarray, " document"]
 ) -> tuple[float, float]:
     """The mean over rows, and its standard error where the rows of a document, from its start to the next, may go
