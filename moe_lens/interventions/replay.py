@@ -27,12 +27,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.interventions.branches import Change, Starts, starts
-from moe_lens.interventions.clean_run import CleanRun, MoEValues
+from moe_lens.interventions.clean_run import CleanRun, MoEValues, require_no_hooks
 from moe_lens.interventions.outcomes import Outcome, read_outcomes
 from moe_lens.model.attend import Attend
 from moe_lens.model.attention import Attention
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.rotary import rotation_at
+
+
+# Tried on two x86 cores: more at once was slower by up to a fifth, less was slower too.
+_CPU_CACHE = 2**26
+_ROWS_PER_EXPERT = 64
 
 
 class ReplayAttend(Attend):
@@ -165,8 +170,8 @@ def replay(
         on_layer: is handed what each layer did in the clean run, for whoever wants more of it than comes back.
 
     Raises:
-        ValueError: a layer without experts, a mask of another shape, a token without a next one, every slot removed
-            where the rest would take over (`renormalize`), or too many for `reroute`.
+        ValueError: a model with hooks, a layer without experts, a mask of another shape, a token without a next one,
+            every slot removed where the rest would take over (`renormalize`), or too many for `reroute`.
         FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
     """
     change = change or Change()
@@ -303,7 +308,9 @@ class ReplayPlan:
         memory_budget: int,
         null_branch: bool,
     ) -> ReplayPlan:
-        affordable = max(1, memory_budget // branch_bytes(model, n_tokens))
+        affordable = max(
+            1, min(memory_budget // branch_bytes(model, n_tokens), _fast_enough(model, n_tokens))
+        )
         groups: list[list[int]] = []
         width = 0
         for i in sorted(range(len(branches)), key=lambda i: branches[i].layer):
@@ -316,6 +323,15 @@ class ReplayPlan:
                 width = added + null_branch
         widest = max(sum(branches[i].n_branches for i in group) + null_branch for group in groups)
         return cls(groups, max(1, min(n_rows, affordable // widest)))
+
+
+def _fast_enough(model: HookedMoE, n_keys: int) -> int:
+    """Branch tokens at once beyond which nothing is gained. On a CPU, what does not fit its caches costs more than
+    larger matrices win; every expert should still get some tens of rows, so that its weights are worth reading."""
+    cfg = model.cfg
+    if cfg.device.type != "cpu":
+        return 2**62
+    return max(_CPU_CACHE // branch_bytes(model, n_keys), _ROWS_PER_EXPERT * cfg.n_experts // cfg.top_k)
 
 
 def branch_bytes(model: HookedMoE, n_keys: int) -> int:
@@ -334,6 +350,7 @@ def branch_bytes(model: HookedMoE, n_keys: int) -> int:
 
 def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, " n"], change: Change) -> None:
     cfg = clean.model.cfg
+    require_no_hooks(clean.model)
     if not branches:
         raise ValueError("there are no branches, so there is nothing to replay")
     if len(rows) == 0:
@@ -354,6 +371,8 @@ def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, " n"
             raise ValueError(
                 f"removed must be [branch, {cfg.top_k}] or [pos, branch, {cfg.top_k}], not {shape}"
             )
+        if of.removed.dtype != torch.bool:
+            raise ValueError(f"removed must be booleans, not {of.removed.dtype}")
         if of.removed.ndim == 3 and shape[0] != len(rows):
             raise ValueError(f"removed is of {shape[0]} positions, and {len(rows)} are replayed")
         most = int(of.removed.sum(dim=-1).max())
