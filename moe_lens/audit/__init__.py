@@ -2,6 +2,16 @@
 
 from moe_lens.audit.census import Census, census
 from moe_lens.audit.noise import NoiseFloor, noise_floor
+from moe_lens.audit.progressive import Progressive, progressive
 from moe_lens.audit.verification import Verification, verify
 
-__all__ = ["Census", "NoiseFloor", "Verification", "census", "noise_floor", "verify"]
+__all__ = [
+    "Census",
+    "NoiseFloor",
+    "Progressive",
+    "Verification",
+    "census",
+    "noise_floor",
+    "progressive",
+    "verify",
+]
