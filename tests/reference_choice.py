@@ -97,10 +97,16 @@ def applied(probabilities: Tensor, chosen: Sequence[int], facts: Facts) -> Tenso
 
 
 def ranking(probabilities: Tensor, chosen: Sequence[int], facts: Facts) -> list[int]:
-    """All experts, rank 1 first: those chosen, heaviest first, then the others by their probability.
+    """All experts, rank 1 first: those chosen, heaviest first; then those that might have been chosen, of the groups
+    that are; then those of other groups.
 
     Without groups this is the order of the probabilities.
     """
     values = probabilities.tolist()
+    size = facts.n_experts // facts.n_groups
+    best_of_group = [max(values[group * size : (group + 1) * size]) for group in range(facts.n_groups)]
+    groups = highest_first(best_of_group, range(facts.n_groups))[: facts.groups_chosen]
     left = [expert for expert in range(facts.n_experts) if expert not in chosen]
-    return highest_first(values, chosen) + highest_first(values, left)
+    eligible = [expert for expert in left if expert // size in groups]
+    others = [expert for expert in left if expert not in eligible]
+    return highest_first(values, chosen) + highest_first(values, eligible) + highest_first(values, others)

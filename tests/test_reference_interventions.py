@@ -97,7 +97,7 @@ def test_choice_within_groups() -> None:
         2,
     ]  # from outside; the others are from the same two
     assert choose(PROBABILITIES, rule, forced=[2, 3]) == [5, 3, 2]
-    assert ranking(PROBABILITIES, [5, 1, 0], rule) == [5, 1, 0, 3, 2, 4]
+    assert ranking(PROBABILITIES, [5, 1, 0], rule) == [5, 1, 0, 4, 3, 2]
 
 
 def test_choices_that_cannot_be() -> None:

@@ -29,7 +29,8 @@ def choose(
         cfg: the family's rule: groups are the best ones among what is not excluded.
         k: how many are taken.
         excluded: never taken.
-        forced: taken first, whatever their group; the highest-ranked others fill the rest.
+        forced: taken first, whatever their group; the highest-ranked others fill the rest. At most k at a place, and
+            none that is excluded.
 
     Raises:
         ValueError: fewer than k experts remain to be chosen from, at the place that is named.
@@ -55,13 +56,20 @@ def choose(
 
 
 def ranking(
-    probabilities: Float[Tensor, "batch pos expert"], cfg: RouterConfig
+    probabilities: Float[Tensor, "batch pos expert"],
+    indices: Int[Tensor, "batch pos k"],
+    cfg: RouterConfig,
 ) -> Int[Tensor, "batch pos expert"]:
-    """All experts from the first rank to the last: those that the router may choose, by probability, then (under
-    group-limited top-k) those of the other groups, by probability."""
+    """All experts from the first rank to the last: those chosen, by probability; then the others that the router may
+    choose; then (under group-limited top-k) those of the other groups.
+
+    Args:
+        indices: the choice. Of experts with the same probability it says which come first.
+    """
     order = probabilities.argsort(dim=-1, descending=True, stable=True)
-    eligible = (eligible_probabilities(probabilities, cfg) > -torch.inf).gather(-1, order)
-    return order.gather(-1, eligible.long().argsort(dim=-1, descending=True, stable=True))
+    eligible = eligible_probabilities(probabilities, cfg) > -torch.inf
+    standing = eligible.long().scatter(-1, indices, 2).gather(-1, order)
+    return order.gather(-1, standing.argsort(dim=-1, descending=True, stable=True))
 
 
 def weights_of(
@@ -70,7 +78,10 @@ def weights_of(
     kept: Bool[Tensor, "batch pos k"],
     cfg: RouterConfig,
 ) -> Float[Tensor, "batch pos k"]:
-    """The family's weights when only the kept slots were chosen: the others get 0, and count for no sum."""
+    """The family's weights when only the kept slots were chosen: the others get 0, and count for no sum.
+
+    In float32, normalised and scaled as the family does.
+    """
     weights = probabilities.gather(-1, indices) * kept
     if cfg.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -3,27 +3,29 @@
 A layer's hooks act in the order of its forward pass: the router's logits (`RouterOnly`), the choice (`ForceExperts`,
 `ForbidExperts`, `TopK`, `SwapRanks`, `reroute`), the weights (`renormalize`, a swapped slot's), the experts' outputs
 (`mean`, `resample`), their contributions (`zero`). Each counts what it changes where it changes it.
+
+`intervene` puts its hooks on the model when a run begins and takes them off when it ends. They come before all others
+at a hook point, so that a cache holds what they made of a value; what other hooks made of the values that they go by
+(probabilities, the choice, what a sender wrote) they see, and an edit of the choice that would undo theirs raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from moe_lens.interventions.layer_hooks import LayerHooks
+from moe_lens.interventions.layer_hooks import Hook, LayerHooks
 from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
-from moe_lens.interventions.router_only import RouterOnlyHooks, sender_hooks
+from moe_lens.interventions.router_only import RouterOnlyHooks
 from moe_lens.interventions.spec import Ablate, ForbidExperts, ForceExperts, RouterOnly, Spec, SwapRanks, TopK
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.observers import Run
 
-Hook = tuple[str, Callable[..., Any]]
 _KINDS = (Ablate, ForceExperts, ForbidExperts, SwapRanks, TopK, RouterOnly)
 
 
@@ -43,102 +45,101 @@ class Interventions:
                 raise TypeError(
                     f"{spec!r} is no intervention; there are {', '.join(kind.__name__ for kind in _KINDS)}"
                 )
+        if not model.cfg.moe_layers:
+            raise ValueError(f"{model.cfg.model_name} has no MoE layer, so there is nothing to change")
         self.model, self.specs = model, tuple(specs)
+        self.acts_at = {i: spec.moe_layers(model.cfg) for i, spec in enumerate(self.specs)}
         self.receipt = Receipt(self.specs)
-        sizes = self._choice_sizes()
+        self.receipt.expect(self.acts_at)
         for spec in self.specs:
-            layers = spec.moe_layers(model.cfg)
-            spec.check(model, min(sizes.get(layer, model.cfg.top_k) for layer in layers))
-        self.layers = {
-            layer: LayerHooks(
-                model,
-                layer,
-                [
-                    (i, spec)
-                    for i, spec in enumerate(self.specs)
-                    if not isinstance(spec, RouterOnly) and layer in spec.moe_layers(model.cfg)
-                ],
-                self.receipt,
-            )
-            for layer in model.cfg.moe_layers
-        }
-        self.layers = {layer: hooks for layer, hooks in self.layers.items() if hooks.specs}
+            spec.check(model)
+        self.layers: dict[int, LayerHooks] = {}
+        for layer in model.cfg.moe_layers:
+            here = [
+                (i, spec)
+                for i, spec in enumerate(self.specs)
+                if layer in self.acts_at[i] and not isinstance(spec, RouterOnly)
+            ]
+            if here:
+                self.layers[layer] = LayerHooks(model, layer, here, self.receipt)
         self.routers = [
-            RouterOnlyHooks(model, i, spec, self.receipt)
+            RouterOnlyHooks(model, i, spec, self.receipt, self.layers)
             for i, spec in enumerate(self.specs)
             if isinstance(spec, RouterOnly)
         ]
-        for router in self.routers:
-            held = [layer for layer in router.receivers if layer in self.layers and router.spec.hold_outputs]
-            if held:
+        self._check_routers()
+        self.run: Run | None = None
+
+    def _check_routers(self) -> None:
+        for number, router in enumerate(self.routers):
+            changed = [layer for layer in router.receivers if layer in self.layers]
+            if router.spec.hold_outputs and changed:
                 raise ValueError(
-                    f"{router.spec} holds the output of layer {held[0]}, which "
-                    f"{self.layers[held[0]].specs[0][1]} changes; drop one of the two"
+                    f"{router.spec} holds the output of layer {changed[0]}, which "
+                    f"{self.layers[changed[0]].specs[0][1]} changes; drop one of the two"
                 )
-        self._is_ready = False
+            for other in self.routers[:number]:
+                both = sorted(set(router.receivers) & set(other.receivers))
+                if both and router.spec.sender == other.spec.sender:
+                    raise ValueError(
+                        f"the router of layer {both[0]} loses {router.spec.sender} twice: {other.spec}, {router.spec}"
+                    )
+                if both and router.spec.hold_outputs != other.spec.hold_outputs:
+                    raise ValueError(
+                        f"layer {both[0]}: {other.spec} and {router.spec} contradict each other on hold_outputs"
+                    )
 
-    def _choice_sizes(self) -> dict[int, int]:
-        """How many experts a layer takes at every position, at least, where a TopK is applied."""
-        sizes: dict[int, int] = {}
-        for spec in self.specs:
-            if not isinstance(spec, TopK):
-                continue
-            for layer in spec.moe_layers(self.model.cfg):
-                if layer in sizes:
-                    raise ValueError(f"layer {layer}: two TopK contradict each other")
-                sizes[layer] = spec.k if spec.pos is None else min(spec.k, self.model.cfg.top_k)
-        return sizes
+    @property
+    def changed(self) -> set[int]:
+        """The layers that are acted on."""
+        return {layer for layers in self.acts_at.values() for layer in layers}
 
-    def hooks(self) -> list[Hook]:
-        """All of them, in the order of the forward pass within each layer."""
-        hooks: list[Hook] = []
-        for router in self.routers:
-            hooks += sender_hooks(self.model, router)
-        for layer_hooks in self.layers.values():
-            hooks += layer_hooks.hooks()
-        for router in self.routers:
-            hooks += router.hooks()
-        # RouterOnly's edit of the logits comes before the choice whatever the order here: another hook point.
-        return hooks
+    @property
+    def edits(self) -> list[Hook]:
+        """What changes values: before other hooks of the same point, in this order."""
+        parts = [*self.routers, *self.layers.values()]
+        return [hook for part in parts for hook in part.edits()]
+
+    @property
+    def witnesses(self) -> list[Hook]:
+        """What looks at values: after other hooks of the same point."""
+        parts = [*self.routers, *self.layers.values()]
+        return [hook for part in parts for hook in part.witnesses()]
 
     def begin(self, run: Run) -> None:
         """Look at what is about to run, and raise for what cannot be done there.
 
         Raises:
             ValueError: a position past the sequence or padding; a layer that the run does not reach; a position in a
-                generation, whose later steps have columns of their own.
+                generation, whose later steps have columns of their own; specs that contradict each other there.
         """
+        places = {}
         for i, spec in enumerate(self.specs):
-            if run.n_past and spec.pos is not None:
+            if run.n_past is not None and spec.pos is not None:
                 raise ValueError(
                     f"{spec} names a position, and a generation runs each new token as a column of its own"
                 )
-            places = spec.places(run.real)
-            beyond = [
-                layer
-                for layer in spec.moe_layers(self.model.cfg)
-                if not run.first_layer <= layer < run.last_layer
-            ]
+            beyond = [layer for layer in self.acts_at[i] if not run.first_layer <= layer < run.last_layer]
             if beyond:
                 raise ValueError(
-                    f"{spec} acts at layer {beyond[0]}, and this run goes through layers {run.first_layer} to "
-                    f"{run.last_layer - 1}"
+                    f"{spec} acts at layer {beyond[0]}, and this run goes through "
+                    + (
+                        f"layers {run.first_layer} to {run.last_layer - 1}"
+                        if run.first_layer < run.last_layer
+                        else "none"
+                    )
                 )
-            for layer_hooks in self.layers.values():
-                layer_hooks.begin(i, spec, places, run)
+            places[i] = spec.places(run.real)
+        for layer_hooks in self.layers.values():
+            layer_hooks.begin(places, run)
         for router in self.routers:
-            router.begin(router.spec.places(run.real), run)
-        self._is_ready = True
+            router.begin(places[router.index], run)
 
-    def end(self) -> None:
-        """After a run: everything must have happened.
-
-        Raises:
-            UnfiredIntervention: something did not.
-        """
-        self._is_ready = False
-        self.receipt.n_runs += 1
-        self.receipt.check()
+    def forget(self) -> None:
+        """Let go of a run's values."""
+        self.run = None
+        for part in (*self.routers, *self.layers.values()):
+            part.forget()
 
     def require_alone(self) -> None:
         """Raises:
@@ -146,23 +147,51 @@ class Interventions:
         """
         for observer in self.model.run_observers:
             other = getattr(observer, "__self__", None)
-            if isinstance(other, Interventions):
+            if isinstance(other, Interventions) and other is not self:
                 shared = sorted(other.changed & self.changed)
                 if shared:
                     raise ValueError(
                         f"layer {shared[0]} is changed by an open intervene; give all its specs to one intervene"
                     )
 
-    @property
-    def changed(self) -> set[int]:
-        """The layers that are acted on."""
-        return {layer for spec in self.specs for layer in spec.moe_layers(self.model.cfg)}
-
     @contextmanager
     def observing(self, run: Run) -> Iterator[None]:
-        self.begin(run)
+        """A run under these interventions.
+
+        Raises:
+            RuntimeError: inside another run of theirs.
+            UnfiredIntervention: at its end, not everything happened. A run that raises is not counted.
+        """
+        if self.run is not None:
+            raise RuntimeError("a hook ran the model under interventions, inside a run under the same ones")
+        counts = self.receipt.counts()
+        try:
+            self.begin(run)
+            self.run = run
+            with _hooked(self.model, self.edits, self.witnesses):
+                yield
+            self.receipt.n_runs += 1
+            self.receipt.check()
+        except BaseException:
+            self.receipt.restore(counts)
+            raise
+        finally:
+            self.forget()
+
+
+@contextmanager
+def _hooked(model: HookedMoE, first: Sequence[Hook], last: Sequence[Hook]) -> Iterator[None]:
+    """Hooks on a model, some before and some after those that it has."""
+    with ExitStack() as handles:
+        # Each goes before those that are there, the former ones of these too.
+        for (name, hook), is_first in [*((h, True) for h in reversed(first)), *((h, False) for h in last)]:
+            handle = model.hook_dict[name].register_forward_hook(_as_torch_hook(hook), prepend=is_first)
+            handles.callback(handle.remove)
         yield
-        self.end()
+
+
+def _as_torch_hook(hook: Callable[..., Any]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    return lambda point, _, value: hook(value, hook=point)
 
 
 @contextmanager
@@ -172,8 +201,7 @@ def intervene(model: HookedMoE, *specs: Spec) -> Iterator[Receipt]:
     interventions.require_alone()
     model.run_observers.append(interventions.observing)
     try:
-        with model.hooks(interventions.hooks()):
-            yield interventions.receipt
+        yield interventions.receipt
     finally:
         model.run_observers.remove(interventions.observing)
     if interventions.receipt.n_runs == 0:
@@ -194,6 +222,7 @@ def run_with_interventions(
         What the forward pass returns, and the receipt.
 
     Raises:
+        TypeError: something that is no spec.
         ValueError: what makes no sense in this model or for these tokens, before the model runs.
         UnfiredIntervention: not everything that was asked for happened.
     """
@@ -209,32 +238,26 @@ class InterventionHooks(list[Hook]):
     receipt: Receipt
 
 
-def as_hooks(
-    model: HookedMoE,
-    *specs: Spec,
-    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
-) -> InterventionHooks:
+def as_hooks(model: HookedMoE, *specs: Spec) -> InterventionHooks:
     """The specs as hooks, to be composed with others in `model.run_with_hooks(tokens, fwd_hooks=...)`.
 
-    Args:
-        attention_mask: of the tokens that will be run; hooks do not see it.
+    They act in the order in which they are added, so they go after hooks that edit what they go by: probabilities, the
+    choice, what a sender writes. They are all needed, in their order, and serve for any number of runs.
 
     Raises:
+        TypeError: something that is no spec.
         ValueError: what makes no sense in this model. What makes none for the tokens (a position past the sequence)
             raises at the first hook, before any layer has run.
     """
     interventions = Interventions(model, specs)
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask).bool().to(model.cfg.device)
 
     def begin(value: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
-        real = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device) if mask is None else mask
-        if real.shape != value.shape[:2]:
-            raise ValueError(
-                f"as_hooks was given an attention_mask {list(real.shape)}, and the tokens are {list(value.shape[:2])}"
-            )
-        interventions.begin(Run(real, 0, model.cfg.n_layers, None))
+        if model.current_run is None:
+            raise RuntimeError("these hooks were made for another model, or are not in a forward pass of it")
+        interventions.require_alone()
+        interventions.begin(model.current_run)
         interventions.receipt.n_runs += 1
 
-    hooks = InterventionHooks([("hook_embed", begin), *interventions.hooks()])
+    hooks = InterventionHooks([("hook_embed", begin), *interventions.edits, *interventions.witnesses])
     hooks.receipt = interventions.receipt
     return hooks

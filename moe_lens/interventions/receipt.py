@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
-from moe_lens.interventions.spec import Spec
+from moe_lens.interventions.spec_base import Spec
 
 
 class UnfiredIntervention(RuntimeError):
@@ -19,7 +19,8 @@ class Fired:
     """One spec at one layer, over all runs.
 
     Attributes:
-        asked: how many (token, layer, expert) it was to change; (token, layer) for what changes a token's whole choice.
+        asked: how many (token, layer, expert) it was to change; (token, layer) for what changes a token's whole choice
+            (`TopK`, `SwapRanks`) or a router's logits there (`RouterOnly`). A forced expert was to be in the choice.
         fired: how many it changed, counted where the change is made.
     """
 
@@ -29,6 +30,9 @@ class Fired:
     fired: int = 0
 
 
+Counts = tuple[int, dict[tuple[int, int], tuple[int, int]]]
+
+
 @dataclass
 class Receipt:
     """A line for every spec and layer; `print` it, or `to_frame()`.
@@ -36,7 +40,7 @@ class Receipt:
     Attributes:
         specs: what was applied.
         lines: what was asked for and what fired, by (index of the spec, layer).
-        n_runs: forward passes that it counts.
+        n_runs: forward passes that it counts. One that raised is none.
     """
 
     specs: Sequence[Spec]
@@ -45,17 +49,35 @@ class Receipt:
 
     @property
     def asked(self) -> int:
+        """How many changes were asked for, over all lines."""
         return sum(line.asked for line in self.lines.values())
 
     @property
     def fired(self) -> int:
+        """How many changes happened, over all lines."""
         return sum(line.fired for line in self.lines.values())
+
+    def expect(self, layers: Mapping[int, Sequence[int]]) -> None:
+        """Make an empty line for each layer of each spec, by its index."""
+        for index, of_spec in layers.items():
+            for layer in of_spec:
+                self.add(index, layer)
 
     def add(self, index: int, layer: int, *, asked: int = 0, fired: int = 0) -> None:
         """Count one event of the index-th spec at a layer."""
         line = self.lines.setdefault((index, layer), Fired(self.specs[index], layer))
         line.asked += asked
         line.fired += fired
+
+    def counts(self) -> Counts:
+        """All that it has counted, to go back to with `restore`."""
+        return self.n_runs, {key: (line.asked, line.fired) for key, line in self.lines.items()}
+
+    def restore(self, counts: Counts) -> None:
+        """Forget what was counted since."""
+        self.n_runs, lines = counts
+        for key, line in self.lines.items():
+            line.asked, line.fired = lines.get(key, (0, 0))
 
     def check(self) -> None:
         """Raise unless everything happened.
@@ -72,7 +94,7 @@ class Receipt:
                 )
 
     def to_frame(self) -> pd.DataFrame:
-        """Columns `intervention`, `layer`, `asked`, `fired`."""
+        """Columns `intervention`, `layer`, `asked`, `fired`; a row for each spec and layer."""
         rows = [(str(line.spec), line.layer, line.asked, line.fired) for line in self.lines.values()]
         return pd.DataFrame(rows, columns=["intervention", "layer", "asked", "fired"])
 

@@ -11,7 +11,7 @@ component's score, section 7.2 for setting it to zero.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moe_lens.interventions.layer_hooks import Hook, LayerHooks
 from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
 from moe_lens.interventions.spec import RouterOnly
 from moe_lens.model.hook_point import HookPoint
@@ -112,95 +113,137 @@ class RouterOnlyHooks:
         receivers: the layers whose routers are changed.
     """
 
-    def __init__(self, model: HookedMoE, index: int, spec: RouterOnly, receipt: Receipt):
-        self.model, self.index, self.spec, self.receipt = model, index, spec, receipt
+    def __init__(
+        self,
+        model: HookedMoE,
+        index: int,
+        spec: RouterOnly,
+        receipt: Receipt,
+        layers: Mapping[int, LayerHooks],
+    ):
+        """
+        Args:
+            index: of the spec among all that are applied.
+            layers: the hooks of layers that other specs change.
+        """
+        self.model, self.index, self.spec, self.receipt, self.layers = model, index, spec, receipt, layers
         self.group, self.coordinates, _ = spec.located(model.cfg)
         self.receivers = spec.moe_layers(model.cfg)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of a run's values."""
         self.values: dict[str, Tensor] = {}
         self.places: Bool[Tensor, "batch pos"] | None = None
         self.run: Run | None = None
+        self.read: tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]] | None = None
 
     def begin(self, places: Bool[Tensor, "batch pos"], run: Run) -> None:
         """A run is about to begin.
 
         Raises:
             ValueError: it does not pass through the sender, or a source position is past the sequence.
+            UnfiredIntervention: a source position is not seen where it has to be.
         """
-        layer = -1 if self.group.layer is None else self.group.layer
-        if run.first_layer > max(layer, 0) or (layer < 0 and run.first_layer > 0):
+        self.forget()
+        layer = 0 if self.group.layer is None else self.group.layer
+        if run.first_layer > layer or (self.group.layer is None and run.tokens is None):
             raise ValueError(
                 f"{self.spec}: this run starts at layer {run.first_layer}, after {self.spec.sender}"
             )
         key = self.coordinates.get("<-")
-        if key is not None and (run.n_past or key >= places.shape[1]):
-            raise ValueError(f"{self.spec}: there is no source position {key} among {places.shape[1]}")
-        self.places, self.run, self.values = places, run, {}
+        if key is not None:
+            if run.n_past is not None:
+                raise ValueError(
+                    f"{self.spec} names a position, and a generation runs each new token as a column of its own"
+                )
+            if key >= places.shape[1]:
+                raise ValueError(f"{self.spec}: there is no source position {key} among {places.shape[1]}")
+            columns = torch.arange(places.shape[1], device=places.device)
+            self._require_present(run.real & run.real[:, key, None] & (columns >= key), places, run)
+        self.places, self.run = places, run
 
-    def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
-        hooks: list[tuple[str, Callable[..., Any]]] = []
+    def edits(self) -> list[Hook]:
+        hooks: list[Hook] = []
         for layer in self.receivers:
-            block = f"blocks.{layer}"
-            hooks.append((f"{block}.ln2.hook_scale", self._keep))
+            hooks.append((f"blocks.{layer}.mlp.hook_router_logits", self._change_logits))
             if self.spec.hold_outputs:
-                hooks.append((f"{block}.ln2.hook_normalized", self._keep))
-                hooks.append((f"{block}.hook_mlp_out", self._hold))
-            hooks.append((f"{block}.mlp.hook_router_logits", self._on_logits))
+                hooks.append((f"blocks.{layer}.hook_mlp_out", self._hold))
         return hooks
+
+    def witnesses(self) -> list[Hook]:
+        names = hooks_of(self.model, self.group)
+        for layer in self.receivers:
+            names.append(f"blocks.{layer}.ln2.hook_scale")
+            if self.spec.hold_outputs:
+                names.append(f"blocks.{layer}.ln2.hook_normalized")
+        return [(name, self._keep) for name in dict.fromkeys(names)]
 
     def _keep(self, value: Tensor, hook: HookPoint) -> None:
         assert hook.name is not None
         self.values[hook.name] = value
 
-    def _on_logits(
+    def _written(self, run: Run) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]:
+        """What the sender wrote in this run, and where: the same for all receivers."""
+        if self.read is None:
+            assert self.places is not None
+            vector, present = sender_vector(
+                self.model, self.group, self.coordinates, self.spec.sender, self.values
+            )
+            changed = self.layers.get(-1 if self.group.layer is None else self.group.layer)
+            if "E" in self.coordinates and changed is not None and changed.kept is not None:
+                # A slot to spare holds an expert that is not active.
+                present = ((changed.indices == self.coordinates["E"]) & changed.kept).any(dim=-1)
+            self._require_present(present, self.places, run)
+            self.read = vector, present
+        return self.read
+
+    def _change_logits(
         self, value: Float[Tensor, "batch pos expert"], hook: HookPoint
     ) -> Float[Tensor, "batch pos expert"]:
+        if self.run is None or self.run is not self.model.current_run:
+            raise RuntimeError(
+                f"{self.spec} was not told of this run: hooks of as_hooks begin at the embedding, of the model that "
+                f"they were made for; model.intervene also goes with start_at_layer"
+            )
         assert hook.name is not None
         assert self.places is not None
         layer = int(hook.name.split(".")[1])
-        vector, present = sender_vector(
-            self.model, self.group, self.coordinates, self.spec.sender, self.values
-        )
-        self._require_present(present)
+        vector, present = self._written(self.run)
         scale = self.values[f"blocks.{layer}.ln2.hook_scale"].float()
         scores = vector @ router_readout(self.model, layer).T / scale
         changed = self.places & present
         self.receipt.add(self.index, layer, asked=int(changed.sum()), fired=int(changed.sum()))
         return torch.where(changed[..., None], (value.float() - scores).to(value.dtype), value)
 
-    def _require_present(self, present: Bool[Tensor, "batch pos"]) -> None:
-        assert self.places is not None
-        assert self.run is not None
-        if self.spec.inactive == "allow" or self.run.n_past:
+    def _require_present(
+        self, present: Bool[Tensor, "batch pos"], places: Bool[Tensor, "batch pos"], run: Run
+    ) -> None:
+        if self.spec.inactive == "allow":
             return
-        absent = self.places & ~present
+        absent = (places & ~present).nonzero()
         explicit = self.spec.pos is not None or self.spec.inactive == "raise"
-        if explicit and bool(absent.any()):
-            batch, pos = absent.nonzero()[0].tolist()
+        if explicit and len(absent):
+            row, column = absent[0].tolist()
             raise UnfiredIntervention(
-                f"{self.spec.sender} writes nothing at row {batch}, position {pos}, so it has no score there; "
+                f"{self.spec.sender} writes nothing at row {row}, position {column}, so it has no score there; "
                 f"inactive='allow' lets that pass"
             )
-        if not bool((self.places & present).any()):
+        if not run.n_past and len(absent) == int(places.sum()):
             raise UnfiredIntervention(
-                f"{self.spec.sender} writes at none of the {int(self.places.sum())} positions of {self.spec}; "
+                f"{self.spec.sender} writes at none of the {len(absent)} positions of {self.spec}; "
                 f"inactive='allow' lets that pass"
             )
 
     def _hold(
         self, value: Float[Tensor, "batch pos d_model"], hook: HookPoint
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The layer's output by its own choice, at the positions that are changed."""
+        """The layer's output by its own choice. At all positions: a matmul of other rows would round otherwise."""
         assert hook.name is not None
-        assert self.places is not None
         layer = int(hook.name.split(".")[1])
         block: Any = self.model.blocks[layer]
-        clean = without_hooks(block.mlp)(block.ln2.w * self.values[f"blocks.{layer}.ln2.hook_normalized"])
-        return torch.where(self.places[..., None], clean, value)
-
-
-def sender_hooks(model: HookedMoE, router: RouterOnlyHooks) -> list[tuple[str, Callable[..., Any]]]:
-    """The hooks that keep what the sender is read from."""
-    return [(name, router._keep) for name in hooks_of(model, router.group)]
+        x = block.ln2.w * self.values[f"blocks.{layer}.ln2.hook_normalized"]
+        return without_hooks(block.mlp).forward(x)
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.loss import loss_per_token as per_token_cross_entropy
 from moe_lens.model.loss import mean_loss
 from moe_lens.model.norm import RMSNorm
-from moe_lens.model.observers import ObservedModel, Run
+from moe_lens.model.observers import ObservedModel, Run, RunObservers
 from moe_lens.model.text import Text, TextInterface
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -50,7 +50,7 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.hook_embed = HookPoint()
-        self.run_observers = []
+        self.run_observers = RunObservers()
         self.tie_embeddings()
         self.setup()
         self.eval()
@@ -139,7 +139,9 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
             )
 
         attend = Attend(self.cfg.rotary, (batch, n_columns), self.cfg.device, attention_mask=mask)
-        real = torch.ones(batch, n_columns, dtype=torch.bool, device=self.cfg.device) if mask is None else mask
+        real = (
+            torch.ones(batch, n_columns, dtype=torch.bool, device=self.cfg.device) if mask is None else mask
+        )
         with self.observed(Run(real, first, last, tokens)):
             if tokens is not None:
                 residual = self.hook_embed(self.embed(tokens))

@@ -9,42 +9,56 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One pass through the model, as it is about to begin.
 
     Attributes:
         real: which tokens are real.
         first_layer, last_layer: layers first..last-1 run.
-        tokens: None where the run begins at a later layer, from a residual stream.
-        n_past: how many columns came before these, in a generation that keeps keys and values.
+        tokens: None where the run begins at a layer, from a residual stream.
+        n_past: in a generation, which keeps keys and values, how many columns came before these; None elsewhere.
     """
 
     real: Bool[Tensor, "batch pos"]
     first_layer: int
     last_layer: int
     tokens: Int[Tensor, "batch pos"] | None
-    n_past: int = 0
+    n_past: int | None = None
 
 
 RunObserver = Callable[[Run], AbstractContextManager[object]]
 """Entered before the first value is made, left after the last; what it raises stops the run."""
 
 
+class RunObservers(list[RunObserver]):
+    """A model's observers. They are of this model: a copy of it, or one that was stored, has none."""
+
+    def __reduce__(self) -> Any:
+        return RunObservers, ()
+
+
 class ObservedModel:
     """A model that tells its observers of each run."""
 
-    run_observers: list[RunObserver]
+    run_observers: RunObservers
+    current_run: Run | None = None
+    """What is running now, for hooks that need to know more than a value."""
 
     @contextmanager
     def observed(self, run: Run) -> Iterator[None]:
         """The run happens inside of this."""
-        with ExitStack() as observers:
-            for observer in self.run_observers:
-                observers.enter_context(observer(run))
-            yield
+        before, self.current_run = self.current_run, run
+        try:
+            with ExitStack() as observers:
+                for observer in list(self.run_observers):
+                    observers.enter_context(observer(run))
+                yield
+        finally:
+            self.current_run = before
