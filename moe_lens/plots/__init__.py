@@ -1,9 +1,10 @@
-"""Figures of routing, as plotly figures that a paper could print.
+"""Figures of routing and of interventions, as plotly figures that a paper could print.
 
 Blank cells have no value: the sender comes after the receiver, say. Tokens and labels that a caller gives are shown
 literally, whatever markup they look like; no name of a document or model goes into a figure.
 """
 
+from moe_lens.plots.census import census_lines, loss_change_distribution
 from moe_lens.plots.correlation import rank_correlation
 from moe_lens.plots.experts import embedding_line, expert_lines
 from moe_lens.plots.heads import head_map, own_block_head_map
@@ -20,11 +21,13 @@ __all__ = [
     "MEASURE_NAMES",
     "POSITION_NAMES",
     "UNITS",
+    "census_lines",
     "embedding_line",
     "expert_lines",
     "head_map",
     "literal",
     "load_heatmap",
+    "loss_change_distribution",
     "name_mover_maps",
     "own_block_head_map",
     "rank_correlation",
