@@ -21,7 +21,7 @@ from moe_lens.interventions.expert_outputs import SHARED
 from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.token_hashes import prefix_hashes
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.moe import MoE, applied_weights
+from moe_lens.model.moe import MoE, applied_weights, eligible_probabilities
 from moe_lens.routing.provenance import weights_fingerprint
 
 How = Literal["zero", "renormalize", "reroute", "mean", "resample"]
@@ -191,7 +191,18 @@ def _rerouted(
     probabilities = repeat(values.probabilities[rows], "n e -> n branch e", branch=n_branches)
     indices = repeat(values.indices[rows], "n k -> n branch k", branch=n_branches)
     excluded = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, indices, removed)
-    chosen = choose(probabilities, mlp.cfg, k=k, excluded=excluded)
+    try:
+        chosen = choose(probabilities, mlp.cfg, k=k, excluded=excluded)
+    except ValueError:
+        left = (
+            eligible_probabilities(probabilities.masked_fill(excluded, -torch.inf), mlp.cfg) > -torch.inf
+        ).sum(-1)
+        row, branch = (left < k).nonzero()[0].tolist()
+        raise ValueError(
+            f"reroute at layer {values.layer}, position {int(clean.columns[rows[row]])}: without "
+            f"{', '.join(f'M{values.layer}E{e}' for e in indices[row, branch, removed[row, branch]].tolist())} "
+            f"{int(left[row, branch])} experts remain to be chosen from, and {k} are wanted"
+        ) from None
     weights = applied_weights(probabilities, chosen, mlp.cfg)
     if not mlp.cfg.float32_weights:
         weights = weights.to(values.normalized.dtype)

@@ -105,7 +105,9 @@ class CleanRun:
         with model.hooks(hooks):
             final = model.run_blocks(model.embed(row[None]), attend)
         loss = _next_token_loss(model, final, row, columns)
-        return cls(model, row, columns, **kept, final=final[0], loss=loss)
+        clean = cls(model, row, columns, **kept, final=final[0], loss=loss)
+        clean._require_finite()
+        return clean
 
     @property
     def has_next(self) -> Bool[Tensor, " pos"]:
@@ -150,6 +152,40 @@ class CleanRun:
             shared_gate=torch.ones_like(self.loss) if gate is None else gate[:, 0].float(),
         )
 
+    def _require_finite(self) -> None:
+        broken = (self.has_next & ~self.loss.isfinite()).nonzero()
+        if len(broken):
+            raise FloatingPointError(
+                f"the clean loss at position {int(self.columns[broken[0, 0]])} is {float(self.loss[broken[0, 0]])}"
+                f"{self._first_broken()}; nothing can be measured against it"
+            )
+
+    def _first_broken(self) -> str:
+        """Where a NaN or an infinity comes from: the first layer that has one, its first position, and the experts."""
+        for layer in range(self.model.cfg.n_layers):
+            broken = (~self.resid_mid[layer].isfinite()).any(dim=-1).nonzero()
+            if len(broken):
+                before = (
+                    f"{f'layer {layer - 1}' if layer else 'the embedding'} or the attention of layer {layer}"
+                )
+                return f" (from {before}, position {int(self.columns[broken[0, 0]])})"
+            if layer not in self.model.cfg.moe_layers:
+                continue
+            values = self.moe(layer)
+            of_slots = (~values.contrib.isfinite()).any(dim=-1)
+            names = [f"M{layer}E{expert}" for expert in range(self.model.cfg.n_experts)]
+            by_row = [
+                [names[e] for e in row[bad].tolist()]
+                for row, bad in zip(values.indices, of_slots, strict=True)
+            ]
+            if values.shared_out is not None:
+                for row in (~values.shared_out.isfinite()).any(dim=-1).nonzero()[:, 0].tolist():
+                    by_row[row].append(f"M{layer}S")
+            for row, of_row in enumerate(by_row):
+                if of_row:
+                    return f" (from {', '.join(of_row)} of layer {layer}, position {int(self.columns[row])})"
+        return ""
+
 
 def require_no_hooks(model: HookedMoE) -> None:
     """A replay drives the layers with branches of tokens, whose shape no hook expects.
@@ -184,10 +220,4 @@ def _next_token_loss(
     loss[:-1] = loss_per_token(model.unembed(model.ln_final(final)), tokens[None])[0]
     followed = columns[1:] == columns[:-1] + 1
     loss[:-1].masked_fill_(~followed, torch.nan)
-    broken = (followed & ~loss[:-1].isfinite()).nonzero()
-    if len(broken):
-        column = int(columns[broken[0, 0]])
-        raise FloatingPointError(
-            f"the clean loss at position {column} is {float(loss[broken[0, 0]])}; nothing can be measured against it"
-        )
     return loss
