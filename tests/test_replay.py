@@ -18,7 +18,8 @@ from moe_lens import HookedMoE
 from moe_lens.interventions.branches import Change, heaviest_slots, single_slots
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.outcomes import LogitDifference
-from moe_lens.interventions.replay import Branches, Replayed, ReplayPlan, _fast_enough, branch_bytes, replay
+from moe_lens.interventions.replay import Branches, Replayed, replay
+from moe_lens.interventions.replay_plan import ReplayPlan, branch_bytes, fast_enough
 from moe_lens.interventions.spec import Ablate
 from moe_lens.model.block import Block
 from tests.census_cases import (
@@ -393,8 +394,9 @@ def test_plan(model_of: Any, affordable: int, n_rows: int) -> None:
             for layer, n in zip(rng.integers(0, 3, 20), rng.integers(1, 8, 20), strict=True)
         ]
         budget = affordable * branch_bytes(model, 50)
-        affordable = min(affordable, _fast_enough(model, 50))
-        plan = ReplayPlan.make(model, branches, n_rows, 50, max(1, budget), null)
+        affordable = min(affordable, fast_enough(model, 50))
+        sizes = [(of.layer, of.n_branches) for of in branches]
+        plan = ReplayPlan.make(model, sizes, n_rows, 50, max(1, budget), null)
         assert sorted(i for group in plan.groups for i in group) == list(range(20))
         layers = [branches[i].layer for group in plan.groups for i in group]
         assert layers == sorted(layers)

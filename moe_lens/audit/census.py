@@ -11,15 +11,15 @@ Importance in Mixture-of-Experts Models" (arXiv:2606.10703), section 2; there at
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,19 +32,19 @@ from moe_lens.audit.census_document import (
     Settings,
     rows_of,
 )
+from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_rows import dtypes_with
 from moe_lens.audit.census_table import Census, CensusWriter
 from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
 from moe_lens.interventions.branches import Change, How
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
 from moe_lens.interventions.expert_reference import ExpertReference
-from moe_lens.interventions.outcomes import LogitDifference
-from moe_lens.interventions.replay import branch_bytes, check_shared
+from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
+from moe_lens.interventions.replay import check_shared
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
-from moe_lens.routing.documents import real_tokens
-from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
+from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.runs import Corpus, Mask
 
@@ -183,8 +183,7 @@ def _settings(
     for asked in outcomes:
         if asked not in ("kl", "later_loss") and not isinstance(asked, LogitDifference):
             raise ValueError(f"outcome {asked!r} must be 'kl', 'later_loss' or a LogitDifference")
-        if isinstance(asked, LogitDifference):
-            asked.check(model.cfg.d_vocab)
+    check_outcomes([asked for asked in outcomes if asked != "later_loss"], model.cfg.d_vocab)
     if "later_loss" in outcomes and scope == "sequence":
         raise ValueError(
             "later_loss is of a change at one token; under scope='sequence' every later position is changed itself"
@@ -252,161 +251,6 @@ def _identity(
         "noise_samples": noise_samples if settings.null_branch else 0,
         "versions": {name: version(name) for name in ("moe-lens", "torch", "transformers")},
     }
-
-
-# ---- the corpus ----
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Rows of tokens with their masks, one document each.
-
-    Attributes:
-        rows: (tokens, mask).
-        fingerprint: of all real tokens.
-        names: where the corpus has them.
-    """
-
-    rows: list[tuple[Int[Tensor, " pos"], Bool[Tensor, " pos"]]]
-    fingerprint: str
-    names: list[str] | None
-
-    @classmethod
-    def of(cls, model: HookedMoE, corpus: Corpus) -> Documents:
-        """All documents of a corpus, checked.
-
-        Raises:
-            ValueError: tokens that the model cannot take; no documents.
-        """
-        rows, digest = [], TokenDigest()
-        for given, given_mask in corpus:
-            tokens, mask = model.tokens_and_mask(given, given_mask)
-            real = real_tokens(tokens, mask)
-            digest.add(tokens, real)
-            rows += list(zip(tokens.cpu(), real.cpu(), strict=True))
-        if not rows:
-            raise ValueError("there are no documents, so there is nothing to count")
-        listed = getattr(corpus.source, "documents", None)
-        names = None if listed is None else [document.name for document in listed]
-        return cls(rows, digest.hexdigest(), names)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, number: int) -> str:
-        return f"document {number}" + ("" if self.names is None else f" ({self.names[number]})")
-
-    def measurable(self) -> Iterator[Int[Tensor, " n"]]:
-        """Of each document: the tokens that have a next one, as places among its real ones."""
-        for _, real in self.rows:
-            columns = real.nonzero()[:, 0]
-            yield (columns[1:] == columns[:-1] + 1).nonzero()[:, 0]
-
-    def sampled(self, n: int | None, seed: int) -> list[Int[Tensor, " n"]]:
-        """The tokens to be measured, of each document: all, or a uniform sample without replacement.
-
-        Raises:
-            ValueError: there are none, or fewer than n.
-        """
-        every = list(self.measurable())
-        lengths = [len(places) for places in every]
-        total = sum(lengths)
-        if total == 0:
-            raise ValueError("no position has a next token, so there is no loss to measure")
-        if n is None:
-            return every
-        if n > total:
-            raise ValueError(f"n={n} positions are wanted, and the corpus has {total} with a next token")
-        chosen = torch.zeros(total, dtype=torch.bool)
-        chosen[np.random.default_rng(seed).choice(total, n, replace=False)] = True
-        return [places[kept] for places, kept in zip(every, torch.split(chosen, lengths), strict=True)]
-
-
-# ---- the plan ----
-
-
-@dataclass(frozen=True)
-class CensusPlan:
-    """What a census takes.
-
-    Attributes:
-        ablations: rows of each document.
-        layer_tokens: tokens that go through one later layer, over everything: the work.
-        passes: under scope `sequence`, the most suffix passes there can be: one per (document, layer, expert).
-        model: for the sizes.
-        settings, noise_samples: as asked for.
-    """
-
-    ablations: list[int]
-    layer_tokens: int
-    passes: int
-    model: HookedMoE
-    settings: Settings
-    noise_samples: int
-
-    @classmethod
-    def of(
-        cls,
-        model: HookedMoE,
-        documents: Documents,
-        positions: Sequence[Int[Tensor, " n"]],
-        settings: Settings,
-        noise_samples: int,
-    ) -> CensusPlan:
-        cfg = model.cfg
-        per_position = cfg.top_k + settings.shared
-        ablations = [len(places) * per_position * len(settings.layers) for places in positions]
-        depth = sum(cfg.n_layers - 1 - layer for layer in settings.layers)
-        layer_tokens, passes = 0, 0
-        for (_, real), places in zip(documents.rows, positions, strict=True):
-            if len(places) == 0:
-                continue
-            n_tokens = int(real.sum())
-            n_experts = min(cfg.n_experts, len(places) * cfg.top_k) + settings.shared
-            if settings.scope == "sequence":
-                passes += n_experts * len(settings.layers)
-                layer_tokens += n_experts * n_tokens * depth
-            else:
-                layer_tokens += len(places) * per_position * depth
-            if "later_loss" in settings.outcomes:
-                layer_tokens += int((n_tokens - places).sum()) * per_position * depth
-        return cls(ablations, layer_tokens, passes, model, settings, noise_samples)
-
-    def describe(self, corpus: str) -> str:
-        settings, cfg = self.settings, self.model.cfg
-        lines = [
-            f"corpus: {corpus}",
-            f"plan: {sum(self.ablations):,} ablations ({settings.change.how}, scope {settings.scope}) at "
-            f"{len(settings.layers)} layers; {self.layer_tokens:,} tokens through a later layer and "
-            f"{sum(self.ablations):,} predictions over {cfg.d_vocab:,} tokens; about "
-            f"{self.flops / 1e12:,.1f} TFLOP",
-            f"memory: branches take up to {settings.memory_budget / 2**30:,.2f} GiB, "
-            f"{branch_bytes(self.model, min(cfg.n_ctx, 512)) / 2**10:,.0f} KiB each at 512 tokens",
-        ]
-        if settings.scope == "sequence":
-            lines.append(
-                f"scope sequence: up to {self.passes:,} suffix passes, one per (document, layer, expert)"
-            )
-        if settings.null_branch:
-            noise = (
-                f"noise floor from {self.noise_samples} ablations in full forward passes, and in float32"
-                if self.noise_samples
-                else "noise floor not measured (noise_samples=0)"
-            )
-            lines.append(f"half precision: changes are counted from a null branch; {noise}")
-        return "\n".join(lines)
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of the later layers' matrices and the predictions, two for each multiply-add."""
-        block: Any = self.model.blocks[self.model.cfg.moe_layers[-1]]
-        cfg = self.model.cfg
-        experts = sum(p.numel() for p in block.mlp.experts.parameters()) * cfg.top_k / cfg.n_experts
-        rest = sum(p.numel() for p in block.parameters()) - sum(
-            p.numel() for p in block.mlp.experts.parameters()
-        )
-        predictions = sum(self.ablations) * cfg.d_model * cfg.d_vocab
-        return 2.0 * (self.layer_tokens * (experts + rest) + predictions)
 
 
 # ---- the run ----

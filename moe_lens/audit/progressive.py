@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_lens.audit.census import CensusPlan, Documents
+from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_document import Settings
 from moe_lens.audit.census_summary import clustered_mean
 from moe_lens.interventions.branches import Change, How, heaviest_slots

@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
-from moe_lens.interventions.replay import ReplayAttend, branch_bytes
+from moe_lens.interventions.replay import ReplayAttend
+from moe_lens.interventions.replay_plan import branch_bytes
 
 
 def loss_gradients(

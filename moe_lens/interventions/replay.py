@@ -28,16 +28,12 @@ from torch import Tensor
 
 from moe_lens.interventions.branches import Change, Starts, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues, require_no_hooks
-from moe_lens.interventions.outcomes import Outcome, read_outcomes
+from moe_lens.interventions.outcomes import Outcome, check_outcomes, read_outcomes
+from moe_lens.interventions.replay_plan import ReplayPlan
 from moe_lens.model.attend import Attend
 from moe_lens.model.attention import Attention
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.rotary import rotation_at
-
-
-# Tried on two x86 cores: more at once was slower by up to a fifth, less was slower too.
-_CPU_CACHE = 2**26
-_ROWS_PER_EXPERT = 64
 
 
 class ReplayAttend(Attend):
@@ -171,13 +167,15 @@ def replay(
 
     Raises:
         ValueError: a model with hooks, a layer without experts, a mask of another shape, a token without a next one,
-            every slot removed where the rest would take over (`renormalize`), or too many for `reroute`.
+            every slot removed where the rest would take over (`renormalize`), or too many for `reroute`; two outcomes of one name.
         FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
     """
     change = change or Change()
     rows = clean.has_next.nonzero()[:, 0] if rows is None else rows
     _check(clean, branches, rows, change)
-    plan = ReplayPlan.make(clean.model, branches, len(rows), len(clean.tokens), memory_budget, null_branch)
+    check_outcomes(outcomes, clean.model.cfg.d_vocab)
+    sizes = [(of.layer, of.n_branches) for of in branches]
+    plan = ReplayPlan.make(clean.model, sizes, len(rows), len(clean.tokens), memory_budget, null_branch)
     parts: list[list[_Read]] = [[] for _ in branches]
     nulls: list[list[_Read]] = [[] for _ in branches]
     experts: dict[int, Tensor] = {}
@@ -282,67 +280,6 @@ class _Suffix:
         self, layer: int, removed: Bool[Tensor, "n branch k"], shared: Bool[Tensor, " branch"] | None
     ) -> Starts:
         return starts(self.clean, self.values[layer], self.rows, removed, self.change, shared)
-
-
-# ---- the plan ----
-
-
-@dataclass(frozen=True)
-class ReplayPlan:
-    """Which branches go together, and how many positions at once.
-
-    Branches of several layers share a pass while all positions fit, so that short documents still make large
-    matrices; where one layer's branches alone are too many, their positions are divided.
-    """
-
-    groups: list[list[int]]
-    rows_at_once: int
-
-    @classmethod
-    def make(
-        cls,
-        model: HookedMoE,
-        branches: Sequence[Branches],
-        n_rows: int,
-        n_tokens: int,
-        memory_budget: int,
-        null_branch: bool,
-    ) -> ReplayPlan:
-        affordable = max(
-            1, min(memory_budget // branch_bytes(model, n_tokens), _fast_enough(model, n_tokens))
-        )
-        groups: list[list[int]] = []
-        width = 0
-        for i in sorted(range(len(branches)), key=lambda i: branches[i].layer):
-            added = branches[i].n_branches
-            if groups and (width + added) * n_rows <= affordable:
-                groups[-1].append(i)
-                width += added
-            else:
-                groups.append([i])
-                width = added + null_branch
-        widest = max(sum(branches[i].n_branches for i in group) + null_branch for group in groups)
-        return cls(groups, max(1, min(n_rows, affordable // widest)))
-
-
-def _fast_enough(model: HookedMoE, n_keys: int) -> int:
-    """Branch tokens at once beyond which nothing is gained. On a CPU, what does not fit its caches costs more than
-    larger matrices win; every expert should still get some tens of rows, so that its weights are worth reading."""
-    cfg = model.cfg
-    if cfg.device.type != "cpu":
-        return 2**62
-    return max(_CPU_CACHE // branch_bytes(model, n_keys), _ROWS_PER_EXPERT * cfg.n_experts // cfg.top_k)
-
-
-def branch_bytes(model: HookedMoE, n_keys: int) -> int:
-    """About how much memory one branch at one token takes at its widest place."""
-    cfg, element = model.cfg, model.cfg.dtype.itemsize
-    stream = 6 * cfg.d_model * element
-    heads = cfg.n_heads * (n_keys * (2 * element + 8) + 6 * cfg.d_head * element)
-    experts = cfg.top_k * (4 * cfg.d_model + 4 * cfg.d_expert) * element
-    shared = 4 * cfg.shared.d_shared * element if cfg.shared else 0
-    dense = 4 * cfg.d_mlp * element if len(cfg.moe_layers) < cfg.n_layers else 0
-    return stream + max(heads, experts + shared, dense)
 
 
 # ---- checks ----

@@ -21,7 +21,7 @@ from moe_lens.interventions.branches import Change, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.expert_outputs import SHARED
 from moe_lens.interventions.outcomes import Outcome, read_outcomes
-from moe_lens.interventions.replay import branch_bytes
+from moe_lens.interventions.replay_plan import branch_bytes
 from moe_lens.model.attend import Attend, KeyValueCache
 
 

@@ -1,0 +1,79 @@
+"""How a replay divides its work: which branches go together, how many positions at once, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_lens.model.hooked_moe import HookedMoE
+
+# Tried on two x86 cores: more at once was slower by up to a fifth, less was slower too.
+_CPU_CACHE = 2**26
+_ROWS_PER_EXPERT = 64
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Which branches go together, and how many positions at once.
+
+    Branches of several layers share a pass while all positions fit, so that short documents still make large
+    matrices; where one layer's branches alone are too many, their positions are divided.
+    """
+
+    groups: list[list[int]]
+    rows_at_once: int
+
+    @classmethod
+    def make(
+        cls,
+        model: HookedMoE,
+        branches: Sequence[tuple[int, int]],
+        n_rows: int,
+        n_tokens: int,
+        memory_budget: int,
+        null_branch: bool,
+    ) -> ReplayPlan:
+        """Divide the work.
+
+        Args:
+            branches: (layer, how many branches), of each that is given to `replay`.
+            n_rows: positions.
+            n_tokens: of the document.
+            memory_budget: bytes.
+            null_branch: whether one runs beside each group.
+        """
+        affordable = max(
+            1, min(memory_budget // branch_bytes(model, n_tokens), fast_enough(model, n_tokens))
+        )
+        groups: list[list[int]] = []
+        width = 0
+        for i in sorted(range(len(branches)), key=lambda i: branches[i][0]):
+            added = branches[i][1]
+            if groups and (width + added) * n_rows <= affordable:
+                groups[-1].append(i)
+                width += added
+            else:
+                groups.append([i])
+                width = added + null_branch
+        widest = max(sum(branches[i][1] for i in group) + null_branch for group in groups)
+        return cls(groups, max(1, min(n_rows, affordable // widest)))
+
+
+def fast_enough(model: HookedMoE, n_keys: int) -> int:
+    """Branch tokens at once beyond which nothing is gained. On a CPU, what does not fit its caches costs more than
+    larger matrices win; every expert should still get some tens of rows, so that its weights are worth reading."""
+    cfg = model.cfg
+    if cfg.device.type != "cpu":
+        return 2**62
+    return max(_CPU_CACHE // branch_bytes(model, n_keys), _ROWS_PER_EXPERT * cfg.n_experts // cfg.top_k)
+
+
+def branch_bytes(model: HookedMoE, n_keys: int) -> int:
+    """About how much memory one branch at one token takes at its widest place."""
+    cfg, element = model.cfg, model.cfg.dtype.itemsize
+    stream = 6 * cfg.d_model * element
+    heads = cfg.n_heads * (n_keys * (2 * element + 8) + 6 * cfg.d_head * element)
+    experts = cfg.top_k * (4 * cfg.d_model + 4 * cfg.d_expert) * element
+    shared = 4 * cfg.shared.d_shared * element if cfg.shared else 0
+    dense = 4 * cfg.d_mlp * element if len(cfg.moe_layers) < cfg.n_layers else 0
+    return stream + max(heads, experts + shared, dense)
