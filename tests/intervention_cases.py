@@ -31,17 +31,22 @@ POSITIONS: dict[str, tuple[Any, Collection[Place] | None]] = {
 }
 
 
+def cheap(name: str) -> bool:
+    """A hook point at which one may listen without another rounding of attention."""
+    return not name.endswith(("hook_attn_scores", "hook_pattern", "hook_result"))
+
+
 @torch.no_grad()
 def run(model: Any, tokens: Tensor, mask: Tensor | None, *specs: Any) -> tuple[Tensor, Any, Receipt]:
     """Logits, cache and receipt of a run under interventions."""
     with intervene(model, *specs) as receipt:
-        logits, cache = model.run_with_cache(tokens, attention_mask=mask)
+        logits, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=cheap)
     return logits, cache, receipt
 
 
 @torch.no_grad()
 def clean_run(model: Any, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
-    return model.run_with_cache(tokens, attention_mask=mask)
+    return model.run_with_cache(tokens, attention_mask=mask, names_filter=cheap)
 
 
 def by_expert(cache: Any, layer: int, n_experts: int = 8) -> Tensor:
