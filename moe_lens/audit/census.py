@@ -42,7 +42,7 @@ from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.routing.arguments import positive_integer
+from moe_lens.routing.arguments import natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.readout import check_receivers
@@ -120,6 +120,7 @@ def census(
     settings = _settings(
         model, layers, how, scope, reference, seed, shared, outcome, predictors, memory_budget
     )
+    noise_samples = natural_number(noise_samples, "noise_samples")
     if n is not None:
         n = positive_integer(n, "n")
     corpus = corpus_of(model, tokens_or_batches, attention_mask, batch_size)
@@ -192,14 +193,17 @@ def _settings(
     for name in chosen:
         if name not in PREDICTORS:
             raise ValueError(f"predictor {name!r} must be one of {', '.join(map(repr, PREDICTORS))}")
-    change = Change(how, reference, seed)
+    change = Change(how, reference, natural_number(seed, "seed"))
     if shared:
         check_shared(model, change)
     router = model.cfg.router
     if how == "renormalize" and router.top_k == 1:
         raise ValueError("renormalize needs an expert that stays, and this model's routers choose one")
-    if how == "reroute" and router.n_experts - 1 < router.top_k:
-        raise ValueError("reroute needs an expert to take the slot, and this model's routers choose all")
+    eligible = router.top_k_groups * (router.n_experts // router.n_groups)
+    if how == "reroute" and eligible - 1 < router.top_k:
+        raise ValueError(
+            f"reroute needs an expert to take the slot, and this model's routers choose all {eligible} that they may"
+        )
     settings = Settings(
         layers=check_receivers(model, [layers] if isinstance(layers, int) else layers),
         change=change,
@@ -245,6 +249,7 @@ def _identity(
         "predictors": list(settings.predictors),
         "corpus": corpus.description,
         "tokens": documents.fingerprint,
+        "columns": documents.columns,
         "documents": documents.names,
         "sample": None if n is None else {"n": n, "seed": seed},
         "memory_budget": settings.memory_budget,
@@ -273,8 +278,8 @@ def _document(
     try:
         clean = CleanRun.of(model, tokens, real)
         return rows_of(clean, places.to(clean.tokens.device), settings)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{documents.name(number)}: {error}") from error
+    except (FloatingPointError, ValueError) as error:
+        raise type(error)(f"{documents.name(number)}: {error}") from error
 
 
 def _noise(

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.interventions.branches import Change, single_slots
@@ -183,19 +183,30 @@ def _at_one_token(
         layers[layer] |= _changes(clean, rows, settings.read, result, i)
         if wants_later:
             layers[layer]["delta_later_loss"] = torch.stack(
-                [
-                    later_losses(
-                        clean,
-                        kept[layer],
-                        row,
-                        removed,
-                        settings.change,
-                        shared_removed,
-                        settings.memory_budget,
-                    )
-                    for row in rows.tolist()
-                ]
+                [_later(clean, kept[layer], row, removed, shared_removed, settings) for row in rows.tolist()]
             )
+
+
+def _later(
+    clean: CleanRun,
+    values: MoEValues,
+    row: int,
+    removed: Bool[Tensor, "branch k"],
+    shared_removed: Bool[Tensor, " branch"] | None,
+    settings: Settings,
+) -> Float[Tensor, " branch"]:
+    """The mean changes of the later losses, counted from a null branch where there is one."""
+    if not settings.null_branch:
+        return later_losses(
+            clean, values, row, removed, settings.change, shared_removed, settings.memory_budget
+        )
+    with_null = torch.cat((removed, torch.zeros_like(removed[:1])))
+    if shared_removed is not None:
+        shared_removed = torch.cat((shared_removed, torch.zeros_like(shared_removed[:1])))
+    changes = later_losses(
+        clean, values, row, with_null, settings.change, shared_removed, settings.memory_budget
+    )
+    return changes[:-1] - changes[-1]
 
 
 def _changes(

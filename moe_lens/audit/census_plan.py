@@ -25,12 +25,14 @@ class Documents:
 
     Attributes:
         rows: (tokens, mask).
-        fingerprint: of all real tokens.
+        fingerprint: of all real tokens, whatever the padding.
+        columns: a fingerprint of where they stand, which positions are read off.
         names: where the corpus has them.
     """
 
     rows: list[tuple[Int[Tensor, " pos"], Bool[Tensor, " pos"]]]
     fingerprint: str
+    columns: str
     names: list[str] | None
 
     @classmethod
@@ -40,17 +42,18 @@ class Documents:
         Raises:
             ValueError: tokens that the model cannot take; no documents.
         """
-        rows, digest = [], TokenDigest()
+        rows, digest, columns = [], TokenDigest(), TokenDigest()
         for given, given_mask in corpus:
             tokens, mask = model.tokens_and_mask(given, given_mask)
             real = real_tokens(tokens, mask)
             digest.add(tokens, real)
+            columns.add(torch.arange(tokens.shape[1]).expand(tokens.shape), real.cpu())
             rows += list(zip(tokens.cpu(), real.cpu(), strict=True))
         if not rows:
             raise ValueError("there are no documents, so there is nothing to count")
         listed = getattr(corpus.source, "documents", None)
         names = None if listed is None else [document.name for document in listed]
-        return cls(rows, digest.hexdigest(), names)
+        return cls(rows, digest.hexdigest(), columns.hexdigest(), names)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -36,8 +36,8 @@ class NoiseFloor:
 
     Attributes:
         n_samples: ablations that were compared.
-        n_routed_otherwise: ablations drawn whose expert float32 does not choose there, so that there is nothing to
-            compare with.
+        n_routed_otherwise: ablations drawn whose expert float32, or the full forward pass with its padding, does not
+            choose there, so that there is nothing to compare with. Where that are all, the medians are NaN.
         median_effect: of |change of the loss| in float32.
         replay_error: of |replay's change - float32's|, counted from the null branch.
         replay_error_without_null: the same counted from the clean run.
@@ -134,10 +134,13 @@ def noise_floor(
                 for run, s in zip(runs, (slot, int(in_exact[0, 0])), strict=True)
             )
             column = int(runs[0].columns[place])
-            spec = Ablate(f"M{layer}E{expert}", pos=column)
-            hooked, _ = run_with_interventions(
+            spec = Ablate(f"M{layer}E{expert}", pos=column, inactive="allow")
+            hooked, receipt = run_with_interventions(
                 model, tokens[None], spec, attention_mask=mask[None], return_type="loss", loss_per_token=True
             )
+            if receipt.fired == 0:
+                n_routed_otherwise += 1
+                continue
             truth = float(full.loss[0][0, 0] - runs[1].loss[place])
             assert half.null is not None
             null = float(half.null["loss"][0][0])
@@ -152,9 +155,8 @@ def noise_floor(
                     abs(null - clean),
                 )
             )
-    if not found:
-        raise ValueError("in no sampled ablation do float32 and the model's dtype choose the same expert")
-    effect, error, without_null, hooked_error, null_error = np.median(np.array(found), axis=0).tolist()
+    medians = np.median(np.array(found), axis=0).tolist() if found else [float("nan")] * 5
+    effect, error, without_null, hooked_error, null_error = medians
     return NoiseFloor(len(found), n_routed_otherwise, effect, error, without_null, hooked_error, null_error)
 
 

@@ -51,6 +51,23 @@ def outcome_names(outcomes: Iterable[Outcome]) -> list[str]:
     return [outcome.name if isinstance(outcome, LogitDifference) else outcome for outcome in outcomes]
 
 
+def check_outcomes(outcomes: Iterable[Outcome], d_vocab: int) -> None:
+    """Raises:
+    ValueError: something that is no outcome, or two (or one and the loss) under one name.
+    """
+    outcomes = list(outcomes)
+    for outcome in outcomes:
+        if isinstance(outcome, LogitDifference):
+            outcome.check(d_vocab)
+        elif outcome != "kl":
+            raise ValueError(f"outcome {outcome!r} must be 'kl' or a LogitDifference")
+    names = ["loss", *outcome_names(outcomes)]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two outcomes would be named alike: {names}; give LogitDifferences names of their own"
+        )
+
+
 def read_outcomes(
     clean: CleanRun,
     rows: Int[Tensor, " n"],

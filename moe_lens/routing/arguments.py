@@ -30,6 +30,24 @@ def positive_integer(value: object, name: str) -> int:
     return number
 
 
+def natural_number(value: object, name: str) -> int:
+    """A whole number, 0 or more, of whatever integer type.
+
+    Raises:
+        TypeError: no integer; a bool is none.
+        ValueError: negative.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an integer, not {type(value).__name__}") from None
+    if number < 0:
+        raise ValueError(f"{name}={number} must be 0 or more")
+    return number
+
+
 def few(items: Sequence[object]) -> str:
     """The first of some items, for a message."""
     return ", ".join(map(str, items[:20])) + (", ..." if len(items) > 20 else "")
