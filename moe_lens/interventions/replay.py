@@ -167,8 +167,8 @@ def replay(
 
     Raises:
         ValueError: a model with hooks, a layer without experts, a mask of another shape, a token without a next one,
-            every slot removed where the rest would take over (`renormalize`), or too many for `reroute`; two outcomes of
-            one name.
+            every slot removed where the rest would take over (`renormalize`), or too many for `reroute`; two outcomes
+            of one name.
         FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
     """
     change = change or Change()
