@@ -7,6 +7,7 @@ from moe_lens.interventions.hooks import as_hooks, intervene, run_with_intervent
 from moe_lens.interventions.outcomes import LogitDifference
 from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
 from moe_lens.interventions.replay import Branches, Change, Replayed, replay
+from moe_lens.interventions.routes import RouteExperiment, rank_swaps, silence, top_k_sensitivity
 from moe_lens.interventions.spec import Ablate, ForbidExperts, ForceExperts, RouterOnly, SwapRanks, TopK
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LogitDifference",
     "Receipt",
     "Replayed",
+    "RouteExperiment",
     "RouterOnly",
     "SwapRanks",
     "TopK",
@@ -28,7 +30,10 @@ __all__ = [
     "expert_reference",
     "heaviest_slots",
     "intervene",
+    "rank_swaps",
     "replay",
     "run_with_interventions",
+    "silence",
     "single_slots",
+    "top_k_sensitivity",
 ]

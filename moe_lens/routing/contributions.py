@@ -115,7 +115,7 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         rank_shift=rank_shift,
         source_axis=source_axis,
         max_positions=max_positions,
-        left_out=None if bos_is_lead else _bos(model),
+        left_out=None if bos_is_lead else bos_id(model),
     )
     if len(plan.chunks) > 1 and not corpus.can_be_repeated:
         raise ValueError(
@@ -176,7 +176,12 @@ def corpus_of(model: HookedMoE, given: Batches, mask: Mask | None, batch_size: i
     return Corpus(given, iter(given) is not given, "batches of tokens given by the caller")
 
 
-def _bos(model: HookedMoE) -> int:
+def bos_id(model: HookedMoE) -> int:
+    """The token that `bos_is_lead=False` leaves out.
+
+    Raises:
+        ValueError: there is none.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.bos_token_id is None:
         raise ValueError(
