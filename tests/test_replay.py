@@ -290,20 +290,21 @@ def test_outcomes(model_of: Any) -> None:
 
 @pytest.mark.parametrize("how", HOWS)
 def test_branches_that_change_nothing(model_of: Any, hooked: Any, how: str) -> None:
-    """Like the null branch, bit for bit, among others that change something; their gap is zero."""
+    """Like the null branch of their layer, bit for bit, among others that change something; their gap is zero."""
     for variant in ("deepseek_v2_groups", "qwen3_moe"):
         model = model_of(variant)
         removed = torch.eye(model.cfg.top_k, dtype=torch.bool)[:2]
         removed = torch.cat((removed[:1], torch.zeros_like(removed[:1]), removed[1:]))
         clean = clean_runs(model, "left")[0]
-        for layer in model.cfg.moe_layers:
-            result = replay(clean, [Branches(layer, removed)], change=change_of(hooked, variant, how))
-            assert result.null is not None
-            assert torch.equal(result.loss[0][:, 1], result.null["loss"][0])
-            assert (result.gap_norm[0][:, 1] == 0).all()
-            assert (result.gap_norm[0][:, [0, 2]] > 0).all()
-            assert (result.delta_loss[0][:, 1] == 0).all()
-            assert (result.delta_loss[0][:, [0, 2]] != 0).all()
+        branches = [Branches(layer, removed) for layer in model.cfg.moe_layers]
+        result = replay(clean, branches, change=change_of(hooked, variant, how))
+        assert result.null is not None
+        for i in range(len(branches)):
+            assert torch.equal(result.loss[i][:, 1], result.null["loss"][i])
+            assert (result.gap_norm[i][:, 1] == 0).all()
+            assert (result.gap_norm[i][:, [0, 2]] > 0).all()
+            assert (result.delta_loss[i][:, 1] == 0).all()
+            assert (result.delta_loss[i][:, [0, 2]] != 0).all()
 
 
 def test_null_branch(model_of: Any) -> None:
@@ -358,7 +359,8 @@ def test_any_memory_budget(
     run = module._Suffix.run
 
     def counted(self: Any, branches: Any, *rest: Any) -> Any:
-        widths.append(len(self.rows) * (1 + sum(removed.shape[1] for _, removed in branches)))
+        n_nulls = len({of.layer for of, _ in branches})
+        widths.append(len(self.rows) * (n_nulls + sum(removed.shape[1] for _, removed in branches)))
         return run(self, branches, *rest)
 
     monkeypatch.setattr(module._Suffix, "run", counted)
@@ -371,7 +373,7 @@ def test_any_memory_budget(
     branches = [Branches(layer, removed[i]) for i, layer in enumerate((0, 2, 2))]
     arguments: dict[str, Any] = dict(change=change_of(hooked, variant, how), outcomes=["kl"])
     expected = replay(clean, branches, **arguments)
-    assert widths == [11 * 10]
+    assert widths == [11 * 11]
     for most in (0, 5, 8, 30, 50, 90):
         widths.clear()
         budget = max(1, most * branch_bytes(model, 12))
@@ -402,7 +404,8 @@ def test_plan(model_of: Any, affordable: int, n_rows: int) -> None:
         assert layers == sorted(layers)
         assert 1 <= plan.rows_at_once <= n_rows
         for group in plan.groups:
-            width = sum(branches[i].n_branches for i in group) + null
+            width = sum(branches[i].n_branches for i in group)
+            width += null * len({branches[i].layer for i in group})
             assert width * plan.rows_at_once <= affordable or plan.rows_at_once == 1
             assert len(group) == 1 or width * n_rows <= affordable
     assert affordable < 9000 or len(plan.groups) == 1

@@ -160,7 +160,7 @@ def replay(
         rows: at which tokens, as places among the document's real ones; None is all that have a next token.
         change: how the removed slots are changed; None is `Change("zero")`.
         outcomes: what is read beside the loss: `"kl"`, or `LogitDifference`s.
-        null_branch: run a branch that changes nothing beside them.
+        null_branch: run a branch that changes nothing beside those of each layer.
         memory_budget: bytes that the branches may take at once. It divides the work and changes no number but by
             the rounding of other kernel shapes.
         on_layer: is handed what each layer did in the clean run, for whoever wants more of it than comes back.
@@ -189,7 +189,7 @@ def replay(
         for start in range(0, len(rows), plan.rows_at_once):
             chosen = slice(start, start + plan.rows_at_once)
             suffix = _Suffix(clean, rows[chosen], change, of_layer)
-            reads, null = suffix.run(
+            reads, of_nulls = suffix.run(
                 [(branches[i], branches[i].at(chosen, len(rows[chosen]))) for i in group],
                 outcomes,
                 null_branch,
@@ -197,7 +197,8 @@ def replay(
             )
             for i, read in zip(group, reads, strict=True):
                 parts[i].append(read)
-                if null is not None:
+            if of_nulls is not None:
+                for i, null in zip(group, of_nulls, strict=True):
                     nulls[i].append(null)
     joined = [_joined(part) for part in parts]
     joined_nulls = [_joined(part) for part in nulls] if null_branch else None
@@ -241,22 +242,26 @@ class _Suffix:
         outcomes: Sequence[Outcome],
         null_branch: bool,
         memory_budget: int,
-    ) -> tuple[list[_Read], _Read | None]:
-        """What is read of each, in their order; and of the null branch."""
+    ) -> tuple[list[_Read], list[_Read] | None]:
+        """What is read of each, in their order; and of the null branch beside each."""
         model, attend = self.clean.model, ReplayAttend(self.clean, self.rows)
         first = min(of.layer for of, _ in branches)
         streams: Float[Tensor, "n branch d_model"] | None = None
         places: dict[int, slice] = {}
+        nulls: dict[int, slice] = {}
         gaps: dict[int, Tensor] = {}
         for layer in range(first, model.cfg.n_layers):
             if streams is not None:
                 streams = model.blocks[layer](streams, attend)
             joining = []
-            if null_branch and layer == first:
+            width = 0 if streams is None else streams.shape[1]
+            if null_branch and any(of.layer == layer for of, _ in branches):
+                # One for each layer: a branch that came from further up would carry the rounding of more layers.
                 k = self.values[layer].indices.shape[1]
                 nothing = torch.zeros(len(self.rows), 1, k, dtype=torch.bool, device=self.rows.device)
                 joining.append(self._starts(layer, nothing, None).streams)
-            width = sum(part.shape[1] for part in ([] if streams is None else [streams]) + joining)
+                nulls[layer] = slice(width, width + 1)
+                width += 1
             for i, (of, removed) in enumerate(branches):
                 if of.layer != layer:
                     continue
@@ -274,8 +279,12 @@ class _Suffix:
         ]
         if not null_branch:
             return of_branches, None
-        null = {name: value[:, :1] for name, value in read.items()}
-        return of_branches, _Read(null, torch.zeros_like(null["loss"]))
+        nothing_changed = torch.zeros_like(read["loss"][:, :1])
+        of_nulls = [
+            _Read({name: value[:, nulls[of.layer]] for name, value in read.items()}, nothing_changed)
+            for of, _ in branches
+        ]
+        return of_branches, of_nulls
 
     def _starts(
         self, layer: int, removed: Bool[Tensor, "n branch k"], shared: Bool[Tensor, " branch"] | None

@@ -40,23 +40,21 @@ class ReplayPlan:
             n_rows: positions.
             n_tokens: of the document.
             memory_budget: bytes.
-            null_branch: whether one runs beside each group.
+            null_branch: whether one runs beside the branches of each layer.
         """
-        affordable = max(
-            1, min(memory_budget // branch_bytes(model, n_tokens), fast_enough(model, n_tokens))
-        )
+        affordable = max(1, min(memory_budget // branch_bytes(model, n_tokens), fast_enough(model, n_tokens)))
         groups: list[list[int]] = []
-        width = 0
+
+        def width(group: Sequence[int]) -> int:
+            n_layers = len({branches[i][0] for i in group})
+            return sum(branches[i][1] for i in group) + null_branch * n_layers
+
         for i in sorted(range(len(branches)), key=lambda i: branches[i][0]):
-            added = branches[i][1]
-            if groups and (width + added) * n_rows <= affordable:
+            if groups and width([*groups[-1], i]) * n_rows <= affordable:
                 groups[-1].append(i)
-                width += added
             else:
                 groups.append([i])
-                width = added + null_branch
-        widest = max(sum(branches[i][1] for i in group) + null_branch for group in groups)
-        return cls(groups, max(1, min(n_rows, affordable // widest)))
+        return cls(groups, max(1, min(n_rows, affordable // max(map(width, groups)))))
 
 
 def fast_enough(model: HookedMoE, n_keys: int) -> int:
