@@ -10,6 +10,8 @@ from moe_lens.plots.experts import embedding_line, expert_lines
 from moe_lens.plots.heads import head_map, own_block_head_map
 from moe_lens.plots.load import load_heatmap
 from moe_lens.plots.name_movers import name_mover_maps
+from moe_lens.plots.progressive import progressive_lines
+from moe_lens.plots.routes import route_maps
 from moe_lens.plots.sources import source_heatmap, source_maps
 from moe_lens.plots.stripes import stripes
 from moe_lens.plots.style import literal
@@ -30,7 +32,9 @@ __all__ = [
     "loss_change_distribution",
     "name_mover_maps",
     "own_block_head_map",
+    "progressive_lines",
     "rank_correlation",
+    "route_maps",
     "source_heatmap",
     "source_maps",
     "stripes",
