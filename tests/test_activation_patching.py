@@ -8,6 +8,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -291,7 +292,9 @@ def test_padding_is_not_patched(pair: Any) -> None:
 def test_positions(pair: Any) -> None:
     p = pair("olmoe", "left")
     full = p.patch("attn.hook_z", ("pos", "head"))
-    some = p.patch("attn.hook_z", ("pos", "head"), positions=[-1, LENGTH - 2])
+    both = torch.zeros(2, LENGTH, dtype=torch.bool)
+    both[:, -2:] = True
+    some = p.patch("attn.hook_z", ("pos", "head"), positions=both)
     assert some.labels["pos"] == (LENGTH - 2, LENGTH - 1)
     assert torch.equal(some.values, full.values[-2:])
     place = torch.zeros(2, LENGTH, dtype=torch.bool)
@@ -300,6 +303,13 @@ def test_positions(pair: Any) -> None:
     rows = p.patch("hook_resid_mid", ("batch", "layer", "pos"))
     assert torch.equal(one.values, rows.values[0, :, -1])
     assert not torch.equal(rows.values[0, :, -1], rows.values[1, :, -1])
+    # Columns are one for each row, as everywhere in interventions.
+    each = torch.zeros(2, LENGTH, dtype=torch.bool)
+    each[0, LENGTH - 1], each[1, LENGTH - 2] = True, True
+    expected = p.patch("hook_resid_mid", ("layer",), positions=each)
+    for columns in ([-1, LENGTH - 2], torch.tensor([-1, LENGTH - 2]), np.array([-1, -2])):
+        given = p.patch("hook_resid_mid", ("layer",), positions=columns, layers=np.int64(1))
+        assert torch.equal(given.values, expected.values[1:2])
 
 
 def test_what_changes_nothing_needs_no_run(pair: Any) -> None:
@@ -399,14 +409,19 @@ def test_frame(pair: Any) -> None:
         (CONTRIB, {"layers": [0]}, r"layer 0 has no mlp\.hook_expert_contrib; .*: 1, 2"),
         ("mlp.hook_post", {"layers": [1]}, "that have it: 0"),
         ("attn.hook_z", {"layers": [3]}, "that have it: 0, 1, 2"),
-        ("attn.hook_z", {"layers": []}, "at least one"),
-        ("attn.hook_z", {"layers": [1, 1]}, "each once"),
+        ("attn.hook_z", {"layers": []}, "layers is empty"),
+        ("attn.hook_z", {"layers": [1, 1]}, "has one twice"),
         ("hook_embed", {"layers": [1], "over": ()}, "global"),
-        ("attn.hook_z", {"positions": 0}, "position 0 is padding in row 0"),
-        ("attn.hook_z", {"positions": [2, LENGTH]}, f"no column of a batch of {LENGTH}"),
-        ("attn.hook_z", {"positions": []}, "no place"),
-        ("attn.hook_z", {"positions": torch.ones(2, 3, dtype=torch.bool)}, "the tokens' shape"),
-        ("attn.hook_z", {"positions": torch.ones(2, LENGTH, dtype=torch.bool)}, "padding in row 0"),
+        ("attn.hook_z", {"positions": 0}, "row 0: .* position 0 is padding"),
+        ("attn.hook_z", {"positions": [2, LENGTH]}, f"row 1: there is no position {LENGTH}"),
+        ("attn.hook_z", {"positions": [2, 3, 4]}, "3 columns for 2 rows: .* a bool mask"),
+        ("attn.hook_z", {"positions": []}, "must be a column"),
+        ("attn.hook_z", {"positions": torch.ones(2, 3, dtype=torch.bool)}, "the tokens are"),
+        (
+            "attn.hook_z",
+            {"positions": torch.ones(2, LENGTH, dtype=torch.bool)},
+            "row 0: position 0 .* is padding",
+        ),
         ("attn.hook_z", {"metric": lambda logits: logits[:, -1, 0]}, "one floating number"),
         ("attn.hook_z", {"metric": lambda logits: float(logits[0, -1, 0])}, "gave float"),
         ("attn.hook_z", {"metric": lambda logits: logits.argmax()}, "one floating number"),

@@ -127,7 +127,7 @@ def test_it_is_exact_where_the_metric_is_linear(pair: Any, variant: str) -> None
     last = p.model.cfg.n_layers - 1
     held = [("ln_final.hook_scale", lambda value, hook: torch.full_like(value, 1.5))]
     with p.model.hooks(fwd_hooks=held):
-        result = p.run(senders="expert", layers=last, exact="all", by_position=True)
+        result = p.run(senders="experts", layers=last, exact="all", by_position=True)
     frame = result.to_frame()
     assert frame["exact"].abs().max() > 0.05
     np.testing.assert_allclose(frame["attribution"], frame["exact"], atol=2e-5)
@@ -137,7 +137,7 @@ def test_it_is_exact_where_the_metric_is_linear(pair: Any, variant: str) -> None
     # Not so one layer before.
     with p.model.hooks(fwd_hooks=held):
         before = (
-            p.run(senders="expert", layers=last - 1, exact="all")
+            p.run(senders="experts", layers=last - 1, exact="all")
             if last - 1 in p.model.cfg.moe_layers
             else None
         )
@@ -194,20 +194,20 @@ def test_which_are_measured(pair: Any) -> None:
         assert result.measured[row, result.positions.index(column)] == "no difference"
 
     # Nor has any head of the first layer where both inputs are still the same.
-    early = p.run(senders="head", layers=0, positions=[0, 1], exact="all")
+    early = p.run(senders="heads", layers=np.int64(0), positions=[0, 1], exact="all")
     assert set(early.measured.ravel()) == {"no difference"}
 
     same, other = p.run(exact=4, by_position=True), p.run(exact=4, by_position=True, seed=1)
     assert np.array_equal(same.measured, result.measured)
     assert not np.array_equal(other.measured, result.measured)
-    everything = p.run(exact=10_000, senders="head")
+    everything = p.run(exact=10_000, senders="heads")
     assert set(everything.measured.ravel()) == {"largest"}
     nobody = p.run(exact=None)
     assert np.isnan(nobody.exact).all()
     with pytest.raises(ValueError, match="no effect was measured"):
         nobody.errors()
     with pytest.raises(ValueError, match="runs that differ"):
-        p.run(corrupted=p.clean, exact="all", senders="head", layers=0).errors()
+        p.run(corrupted=p.clean, exact="all", senders="heads", layers=0).errors()
 
 
 def test_errors_are_of_the_estimate(pair: Any) -> None:
@@ -253,12 +253,13 @@ def test_frame(pair: Any) -> None:
 def test_some_layers_kinds_and_positions(pair: Any) -> None:
     p = pair("deepseek_v2")
     whole = p.run(by_position=True).to_frame().set_index(["sender", "position"])["attribution"]
+    last_columns = p.mask.bool() & (torch.arange(LENGTH) >= LENGTH - 2)
     for options in (
         {"layers": [2]},
         {"layers": 0},
-        {"senders": "head", "layers": [1, 2]},
-        {"senders": ("expert",)},
-        {"positions": [-1, 3]},
+        {"senders": "heads", "layers": [1, 2]},
+        {"senders": ("experts",)},
+        {"positions": last_columns},
     ):
         part = p.run(by_position=True, **options).to_frame().set_index(["sender", "position"])["attribution"]
         assert 0 < len(part) < len(whole)
@@ -300,16 +301,16 @@ def test_two_forward_passes_and_no_gradient_of_weights(model_of: Any, pair: Any)
         p.run(metric=broken)
     assert all(weight.requires_grad for weight in model.parameters())
     runs.clear()
-    p.run(metric=metric, exact=2, senders="head")
+    p.run(metric=metric, exact=2, senders="heads")
     assert runs == [False, True] + [False] * 5
 
 
 def test_other_hooks_act_and_stay(model_of: Any, pair: Any) -> None:
     p, model = pair("olmoe"), model_of("olmoe")
-    plain = p.run(senders="head")
+    plain = p.run(senders="heads")
     with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda value, hook: 0 * value)]):
-        changed = p.run(senders="head", exact="all")
-        again = p.run(senders="head")
+        changed = p.run(senders="heads", exact="all")
+        again = p.run(senders="heads")
     assert np.array_equal(changed.attributions, again.attributions)
     assert not np.allclose(changed.attributions, plain.attributions)
     assert changed.baseline != plain.baseline
@@ -318,14 +319,14 @@ def test_other_hooks_act_and_stay(model_of: Any, pair: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"senders": ("heads",)}, "'head', 'expert' or both"),
-        ({"senders": ()}, "'head', 'expert' or both"),
-        ({"senders": ("head", "head")}, "each once"),
+        ({"senders": ("layers",)}, "'heads', 'experts' or both"),
+        ({"senders": ()}, "'heads', 'experts' or both"),
+        ({"senders": ("heads", "heads")}, "each once"),
         ({"direction": "noise"}, "'corrupted' or 'clean'"),
         ({"exact": 0}, "positive"),
         ({"layers": 3}, "layer 3 is not among this model's, 0 to 2"),
-        ({"layers": [0], "senders": "expert"}, "layers with experts: 1, 2"),
-        ({"positions": 0}, "padding in row 0"),
+        ({"layers": [0], "senders": "experts"}, "layers with experts: 1, 2"),
+        ({"positions": 0}, "row 0: .* is padding"),
         (
             {"corrupted": torch.ones(2, LENGTH + 1, dtype=torch.long), "attention_mask": None},
             "the same shape",

@@ -390,6 +390,7 @@ def test_layers_and_what_is_run(model_of: Load) -> None:
     assert torch.equal(one.samples[1].nan_to_num(7), whole.samples[1].nan_to_num(7))
     assert not one.mean[1].requires_grad
     assert expert_reference(model, tokens, layers=[2, 1]).layers == (1, 2)
+    assert expert_reference(model, tokens, layers=2).layers == (2,)
     with pytest.raises(ValueError, match="layer 2 was not gathered; the reference is of layers 1"):
         one.mean_output(2, torch.tensor([0]))
     with torch.inference_mode():

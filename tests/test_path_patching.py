@@ -421,12 +421,18 @@ def test_half_precision_runs(checkpoint: Load) -> None:
         ({"receiver": ["M1", "M1"], "metric": None}, "each once"),
         ({"receiver": "M1"}, "metric= is a function of the logits"),
         ({"metric": None}, "metric= is a function of the logits"),
-        ({"positions": 0}, "row 0: the replaced position 0 is padding"),
-        ({"positions": [3]}, "1 replaced positions for 2 rows"),
+        ({"positions": 0}, "row 0: .* position 0 is padding"),
+        ({"positions": [3]}, "1 columns for 2 rows"),
         ({"positions": 9}, "there is no position 9"),
-        ({"positions": torch.ones(2, 7, dtype=torch.bool)}, "row 0: position 0 is padding"),
-        ({"positions": torch.zeros(2, 7, dtype=torch.bool)}, "selects none"),
-        ({"positions": torch.ones(2, 6, dtype=torch.bool)}, r"\(2, 6\) must have the tokens' shape"),
+        (
+            {"positions": torch.ones(2, 7, dtype=torch.bool)},
+            "row 0: position 0 of the mask positions is padding",
+        ),
+        ({"positions": torch.zeros(2, 7, dtype=torch.bool)}, "selects no position"),
+        (
+            {"positions": torch.ones(2, 6, dtype=torch.bool)},
+            r"the mask positions is \[2, 6\], and the tokens are \[2, 7\]",
+        ),
         (
             {"corrupted_cache_or_tokens": torch.ones(2, 6, dtype=torch.long)},
             "attention_mask|must have the clean",
@@ -469,6 +475,17 @@ def test_other_refusals(model_of: Load) -> None:
         )
     with pytest.raises(ValueError, match=r"one number, or one for each of 2 rows, not a tensor \(2, 7\)"):
         path_patch(model, tokens, corrupted, "A0", attention_mask=mask, metric=lambda logits: logits[..., 0])
+    calls: list[int] = []
+
+    def nan_at_last(logits: Tensor) -> Tensor:
+        calls.append(1)
+        return metric(logits) * (torch.nan if len(calls) == 3 else 1)
+
+    with pytest.raises(ValueError, match="the metric is NaN in the patch of A1"):
+        path_patch(model, tokens, corrupted, ["A0", "A1"], attention_mask=mask, metric=nan_at_last)
+    infinite = {"hook_embed": torch.full_like(cache["hook_embed"], torch.inf)}
+    with pytest.raises(ValueError, match="logits of the router M1 are not finite in the patch of embed"):
+        path_patch(model, tokens, infinite, "embed", receiver="M1", attention_mask=mask)
     with (
         model.hooks([("hook_embed", lambda value, hook: None)]),
         pytest.raises(ValueError, match="it carries some"),

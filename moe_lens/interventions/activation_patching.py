@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformer_lens import ActivationCache
 
 from moe_lens.interventions.patch_sites import find_site
-from moe_lens.interventions.patcher import Metric, Patcher, Positions
+from moe_lens.interventions.patcher import Metric, Patcher
+from moe_lens.interventions.positions import Positions
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.text import Text
 
@@ -43,7 +44,8 @@ class PatchResults:
         baseline: the metric of the corrupted run, unpatched.
         activation: what was patched.
         n_runs: how many patched runs were made. The other patches would put what is there already (an expert that is
-            active in neither run, a key that a query does not see): their value is the baseline, exactly.
+            active in neither run, a key that a query does not see), or are of padding (over `batch` and `pos`): their
+            value is the baseline, exactly.
     """
 
     values: Float[Tensor, "*axes"]
@@ -116,7 +118,8 @@ def activation_patch(
         attention_mask: of the corrupted tokens, true where real.
         clean_attention_mask: of the clean ones; None is the same.
         layers: those to patch; None is all that have the point.
-        positions: the places to patch (see `patched_places`); None is every real token.
+        positions: the places to patch: a column of every row (negative from the end of the batch's columns), one for
+            each row, or a bool mask `[batch, pos]`; None is every real token. Padding raises.
         verbose: show a progress bar.
 
     What a patch means where it is not plain:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from moe_lens.interventions.expert_reference import SHARED
+from moe_lens.interventions.expert_outputs import SHARED
 
 _EXPERT = re.compile(r"M([0-9]+)(?:E([0-9]+)|S)")
 

@@ -32,17 +32,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_lens.interventions.arguments import integers
 from moe_lens.interventions.attribution_result import AttributionPatching
-from moe_lens.interventions.patch_sites import CONTRIBUTIONS, INDICES, MLP_OUT, find_site, patched_places
-from moe_lens.interventions.patcher import Metric, Patcher, Positions, checked_metric
+from moe_lens.interventions.patch_sites import CONTRIBUTIONS, INDICES, MLP_OUT, find_site
+from moe_lens.interventions.patcher import Metric, Patcher, checked_metric
+from moe_lens.interventions.path_senders import KINDS, all_senders
+from moe_lens.interventions.positions import Positions, patched_places
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.text import Text
 from moe_lens.routing.arguments import few, positive_integer
 
-SenderKind = Literal["head", "expert"]
+SenderKind = Literal["heads", "experts"]
 Direction = Literal["corrupted", "clean"]
 Z, SHARED = "attn.hook_z", "mlp.hook_shared_out"
-_READ = {"head": (Z,), "expert": (CONTRIBUTIONS, INDICES, SHARED)}
+_READ: dict[SenderKind, tuple[str, ...]] = {"heads": (Z,), "experts": (CONTRIBUTIONS, INDICES, SHARED)}
 """The points that each kind of sender is read from; of these a model may lack the shared experts'."""
 
 
@@ -62,7 +65,7 @@ def attribution_patch(
     metric: Metric,
     *,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
-    senders: Sequence[SenderKind] | SenderKind = ("head", "expert"),
+    senders: Sequence[SenderKind] | SenderKind = ("heads", "experts"),
     direction: Direction = "corrupted",
     by_position: bool = False,
     exact: int | Literal["all"] | None = 10,
@@ -80,8 +83,8 @@ def attribution_patch(
         clean_tokens, corrupted_tokens: of the same shape.
         metric: from logits to one number, differentiable. Attributions are in its units.
         attention_mask: of both, true where real.
-        senders: `"head"` (`A3H5`: z of every head) and `"expert"` (`M3E9`: every routed expert by identity; `M3S`: the
-            shared experts).
+        senders: `"heads"` (`A3H5`: z of every head) and `"experts"` (`M3E9`: every routed expert by identity; `M3S`:
+            the shared experts).
         direction: the run that is patched: `"corrupted"` puts clean activations into the corrupted run (what restores
             the metric), with the gradient there; `"clean"` puts corrupted activations into the clean run (what breaks
             it).
@@ -91,7 +94,8 @@ def attribution_patch(
             attributions and n drawn at random of the others; or None. A sender that writes the same in both runs has
             an effect of exactly 0 and is not counted; one that differs by rounding alone is.
         layers: those whose senders are wanted; None is all.
-        positions: the places to patch; None is every real token.
+        positions: the places to patch: a column of every row (negative from the end of the batch's columns), one for
+            each row, or a bool mask `[batch, pos]`; None is every real token. Padding raises.
         seed: of the random draw.
         verbose: show a progress bar of the exact patches.
 
@@ -102,7 +106,7 @@ def attribution_patch(
     """
     kinds = (senders,) if isinstance(senders, str) else tuple(senders)
     if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(_READ):
-        raise ValueError(f"senders={senders!r} must name 'head', 'expert' or both, each once")
+        raise ValueError(f"senders={senders!r} must name 'heads', 'experts' or both, each once")
     if direction not in ("corrupted", "clean"):
         raise ValueError(f"direction={direction!r} must be 'corrupted' or 'clean', the run that is patched")
     if exact is not None and exact != "all":
@@ -122,7 +126,7 @@ def attribution_patch(
         raise ValueError(
             "clean and corrupted texts are of other lengths: they must be padded at the same places"
         )
-    places = patched_places(real, positions)
+    places = patched_places(positions, real)
     patched, other = (corrupted, clean) if direction == "corrupted" else (clean, corrupted)
     found = _senders(model, kinds, layers)
     used = sorted({sender.cell["layer"] for sender in found})
@@ -171,22 +175,17 @@ def _senders(
 ) -> list[_Sender]:
     """All senders of some kinds in some layers, in the order in which they write."""
     n_layers = model.cfg.n_layers
-    chosen = (
-        list(range(n_layers)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    )
+    chosen = range(n_layers) if layers is None else integers(layers, "layers")
     for layer in chosen:
         if not 0 <= layer < n_layers:
             raise ValueError(f"layer {layer} is not among this model's, 0 to {n_layers - 1}")
+    wanted = [kind for name in kinds for kind in KINDS[name]]
     found: list[_Sender] = []
-    for layer in sorted(set(chosen)):
-        if "head" in kinds:
-            for head in range(model.cfg.attention.n_heads):
-                found.append(_Sender(f"A{layer}H{head}", Z, {"layer": layer, "head": head}))
-        if "expert" in kinds and layer in model.cfg.moe_layers:
-            for expert in range(model.cfg.n_experts):
-                found.append(_Sender(f"M{layer}E{expert}", CONTRIBUTIONS, {"layer": layer, "expert": expert}))
-            if model.cfg.shared is not None:
-                found.append(_Sender(f"M{layer}S", SHARED, {"layer": layer}))
+    for sender in all_senders(model.cfg):
+        if sender.kind in wanted and sender.layer in chosen:
+            activation = {"head": Z, "expert": CONTRIBUTIONS, "shared": SHARED}[sender.kind]
+            place = {} if sender.index is None else {sender.kind: sender.index}
+            found.append(_Sender(sender.name, activation, {"layer": sender.layer} | place))
     if not found:
         raise ValueError(
             f"layers={layers} have no sender of kind {few(kinds)}; layers with experts: {few(model.cfg.moe_layers)}"

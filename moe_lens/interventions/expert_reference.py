@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -208,7 +208,7 @@ def expert_reference(
     batches_or_texts: Batches,
     *,
     attention_mask: Mask | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
     n_samples: int = 16,
     seed: int = 0,
     batch_size: int = 8,
@@ -284,9 +284,10 @@ def expert_reference(
     )
 
 
-def _moe_layers(model: HookedMoE, layers: Sequence[int] | None) -> tuple[int, ...]:
+def _moe_layers(model: HookedMoE, layers: Sequence[int] | int | None) -> tuple[int, ...]:
     there = model.cfg.moe_layers
-    chosen = there if layers is None else tuple(layers)
+    asked = there if layers is None else layers
+    chosen = tuple(asked) if isinstance(asked, Iterable) else (asked,)
     wrong = [layer for layer in chosen if isinstance(layer, bool) or layer not in there]
     if wrong or not chosen:
         problem = f"layer {wrong[0]!r} is no MoE layer" if wrong else "there is no MoE layer to gather"

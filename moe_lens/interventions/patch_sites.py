@@ -1,4 +1,4 @@
-"""Where a patch can act: the hook points of one kind in all layers, the names of their axes, the places in a batch.
+"""Where a patch can act: the hook points of one kind in all layers, the names of their axes; experts by identity.
 
 TransformerLens calls the kind of a hook point an activation name. Here it is the point's name within a block
 (`attn.hook_z`), which reaches every point there is, or a global point's name (`hook_embed`).
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.interventions.arguments import integers
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import few
 
@@ -142,53 +143,11 @@ def _layers(activation: str, there: list[int], asked: Sequence[int] | int | None
         return None
     if asked is None:
         return tuple(there)
-    asked = [asked] if isinstance(asked, int) else list(asked)
-    for layer in asked:
+    chosen = integers(asked, "layers")
+    for layer in chosen:
         if layer not in there:
             raise ValueError(f"layer {layer} has no {activation}; the layers that have it: {few(there)}")
-    if not asked or len(set(asked)) < len(asked):
-        raise ValueError(f"layers={asked} must name at least one layer, and each once")
-    return tuple(asked)
-
-
-def patched_places(
-    real: Bool[Tensor, "batch pos"], positions: int | Sequence[int] | Bool[Tensor, "batch pos"] | None
-) -> Bool[Tensor, "batch pos"]:
-    """Where a patch may act.
-
-    Args:
-        real: true where tokens are real.
-        positions: None is every real token; an int or several are columns of the batch (negative ones count from
-            its end); a bool mask names places row by row.
-
-    Raises:
-        ValueError: a place that is padding or outside the batch, or none at all.
-    """
-    if positions is None:
-        return real
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if positions.shape != real.shape:
-            raise ValueError(
-                f"positions {tuple(positions.shape)} must have the tokens' shape {tuple(real.shape)}"
-            )
-        places = positions.to(real.device)
-    else:
-        columns = torch.as_tensor(positions).flatten().tolist()
-        length = real.shape[1]
-        places = torch.zeros_like(real)
-        for column in columns:
-            if not isinstance(column, int) or isinstance(column, bool) or not -length <= column < length:
-                raise ValueError(f"position {column!r} is no column of a batch of {length} positions")
-            places[:, column] = True
-    padding = (places & ~real).nonzero()
-    if len(padding):
-        row, column = padding[0].tolist()
-        raise ValueError(
-            f"position {column} is padding in row {row}; a bool mask [batch, pos] names places row by row"
-        )
-    if not bool(places.any()):
-        raise ValueError("positions name no place at all; None is every real token")
-    return places
+    return chosen
 
 
 # ---- experts by identity ----

@@ -20,15 +20,14 @@ from moe_lens.interventions.patch_sites import (
     Site,
     contribution_of,
     experts_differ,
-    patched_places,
 )
+from moe_lens.interventions.positions import Positions, patched_places
 from moe_lens.model.attend import Attend
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.text import Text
 
 Metric = Callable[[Tensor], Tensor]
 """From logits `[batch, pos, d_vocab]` to one number."""
-Positions = int | Sequence[int] | Bool[Tensor, "batch pos"] | None
 Cell = Mapping[str, int]
 """One index for each axis taken one at a time: `{"layer": 3, "head": 5}`."""
 
@@ -81,7 +80,7 @@ class Patcher:
                     "clean and corrupted tokens must be padded at the same places: the masks differ"
                 )
         _check_padding(model, clean_cache, tokens, mask)
-        return cls(model, tokens, mask, clean_cache, metric, site, patched_places(real, positions))
+        return cls(model, tokens, mask, clean_cache, metric, site, patched_places(positions, real))
 
     @property
     def axes(self) -> tuple[str | None, ...]:

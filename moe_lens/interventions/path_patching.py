@@ -37,11 +37,11 @@ from moe_lens.interventions.clean_run import require_no_hooks
 from moe_lens.interventions.path_result import PathPatching, RouterChange
 from moe_lens.interventions.path_run import FREEZES, CleanPaths, Freeze, batches, values_at
 from moe_lens.interventions.path_senders import LOGITS, Points, Sender, receiver_depth, senders_of
+from moe_lens.interventions.positions import Positions, patched_places
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.text import Text
 from moe_lens.routing.documents import real_tokens
 from moe_lens.routing.rank_shift import rank_shift
-from moe_lens.routing.score_maps import position_columns
 
 Tokens = Int[Tensor, "batch pos"] | Text
 Metric = Callable[[Tensor], Any]
@@ -71,7 +71,7 @@ def path_patch(
     *,
     receiver: str | Sequence[str] = LOGITS,
     freeze: Freeze = "attention",
-    positions: int | Sequence[int] | Tensor | None = None,
+    positions: Positions = None,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     metric: Metric | None = None,
     keep_router_logits: bool = False,
@@ -88,8 +88,8 @@ def path_patch(
             receiver: `"heads"`, `"experts"`, `"layers"`.
         receiver: `"logits"`; a router by its layer (`"M3"`); or several of these.
         freeze: what lies between; see above.
-        positions: where the output is replaced: a column for all rows (negative from the end of the batch's columns),
-            one for each row, a mask `[batch, pos]`, or None for all real tokens.
+        positions: where the output is replaced: a column of every row (negative from the end of the batch's columns),
+            one for each row, or a bool mask `[batch, pos]`; None is every real token. Padding raises.
         attention_mask: of the tokens, and of the corrupted ones: true where they are real.
         metric: of the logits `[batch, pos, d_vocab]`: one number, or one for each row. Needed for the logits.
         keep_router_logits: keep the changes of router logits, not only what is measured of them.
@@ -100,7 +100,8 @@ def path_patch(
 
     Raises:
         ValueError: no such sender or receiver; a sender after all receivers; no such position; padding; runs that do
-            not line up; a metric without logits or logits without a metric; a model that carries hooks.
+            not line up; a metric without logits or logits without a metric; a metric that is NaN; router logits
+            that are not finite; a model that carries hooks.
         KeyError: the cache lacks a hook, which is named.
     """
     if freeze not in FREEZES:
@@ -113,7 +114,7 @@ def path_patch(
         )
     require_no_hooks(model)
     tokens, mask = model.tokens_and_mask(tokens, attention_mask)
-    at = _replaced_at(positions, real_tokens(tokens, mask))
+    at = patched_places(positions, real_tokens(tokens, mask))
     corrupted = _corrupted_points(model, corrupted_cache_or_tokens, tokens, mask, at, chosen)
     clean = CleanPaths.of(model, tokens, mask, at, receivers, freeze, chosen)
     effects = _Effects(clean, chosen, metric, keep_router_logits)
@@ -143,30 +144,6 @@ def _checked_receivers(model: HookedMoE, receiver: str | Sequence[str]) -> tuple
     if not names or len(set(names)) < len(names):
         raise ValueError(f"receivers must be named, each once, not {names}")
     return names
-
-
-def _replaced_at(positions: Any, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Raises:
-    ValueError: no such position, padding, or not one for each row.
-    """
-    if positions is None:
-        return real
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if positions.shape != real.shape:
-            raise ValueError(
-                f"the mask of positions {tuple(positions.shape)} must have the tokens' shape {tuple(real.shape)}"
-            )
-        at = positions.to(real.device)
-        padding = (at & ~real).nonzero()
-        if len(padding):
-            raise ValueError(f"row {int(padding[0, 0])}: position {int(padding[0, 1])} is padding")
-        if not bool(at.any()):
-            raise ValueError("the mask of positions selects none")
-        return at
-    columns = position_columns(positions, "replaced", real)
-    at = torch.zeros_like(real)
-    at[torch.arange(len(real), device=real.device), columns] = True
-    return at
 
 
 def _corrupted_points(
@@ -215,7 +192,7 @@ class _Effects:
     """Gathers, sender by sender, what becomes of the metric and of the routers' logits.
 
     Raises:
-        ValueError: the metric gives neither one number nor one for each row.
+        ValueError: the metric gives neither one number nor one for each row, or NaN; router logits that are not finite.
     """
 
     def __init__(
@@ -227,7 +204,9 @@ class _Effects:
         shape = (len(senders), *clean.at.shape)
         self.changed = torch.zeros(shape, dtype=torch.bool, device=clean.at.device)
         self.effect: list[Tensor] = []
-        self.clean_metric = torch.tensor(torch.nan) if metric is None else self._measured(clean.logits)
+        self.clean_metric = (
+            torch.tensor(torch.nan) if metric is None else self._measured(clean.logits, "the clean run")
+        )
         blank = torch.full(shape, torch.nan, device=clean.at.device)
         self.of_routers = {name: RouterChange(*(blank.clone() for _ in range(4))) for name in self.routers}
         self.kept: dict[str, Tensor] = {}
@@ -245,7 +224,9 @@ class _Effects:
             if len(places):
                 logits = logits.clone()
                 logits[rows, columns] = read[LOGITS].to(logits.dtype)
-            self.effect.append(self._measured(logits) - self.clean_metric)
+            self.effect.append(
+                self._measured(logits, f"the patch of {self.senders[index].name}") - self.clean_metric
+            )
         for name in self.routers:
             if self.senders[index].depth >= receiver_depth(name):
                 continue
@@ -253,6 +234,10 @@ class _Effects:
             change = torch.zeros_like(before)
             if len(places):
                 change[places] = read[name] - before[places]
+            if not bool(change.isfinite().all()):
+                raise ValueError(
+                    f"logits of the router {name} are not finite in the patch of {self.senders[index].name}"
+                )
             shift = rank_shift(before, -change, self.clean.model.cfg.router)
             for values, measured in zip(
                 self.of_routers[name], (change.var(dim=-1, correction=0), *shift), strict=True
@@ -261,7 +246,7 @@ class _Effects:
             if self.keep:
                 self.kept[name][index, self.rows, self.columns] = change
 
-    def _measured(self, logits: Tensor | None) -> Float[Tensor, "*row"]:
+    def _measured(self, logits: Tensor | None, what: str) -> Float[Tensor, "*row"]:
         assert self.metric is not None
         assert logits is not None
         measured = torch.as_tensor(self.metric(logits)).detach()
@@ -270,6 +255,8 @@ class _Effects:
                 f"the metric must give one number, or one for each of {len(self.clean.at)} rows, not a tensor "
                 f"{tuple(measured.shape)}"
             )
+        if bool(measured.isnan().any()):
+            raise ValueError(f"the metric is NaN in {what}")
         return measured.float()
 
     def result(self, null_change: float) -> PathPatching:
