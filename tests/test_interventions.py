@@ -266,7 +266,15 @@ def test_slots_to_spare_hold_nobody(hf: Any, model_of: Any) -> None:
     assert (weights[:, 2] > 0).all()
     assert (weights[:, [0, 1, 3, 4, 5, 6, 7, 8]] > 0).sum(-1).unique().tolist() == [4]
     spare = int(cache["blocks.1.mlp.hook_expert_indices"][0, 5, 6])
-    clean = by_expert(clean_run(model, tokens, mask)[1], 1)
+    clean_cache = clean_run(model, tokens, mask)[1]
+    cache_of_four, clean = clean_cache["blocks.1.mlp.hook_routing_weights"], by_expert(clean_cache, 1)
+
+    lighter = Ablate(ranks=1, layers=1, pos=3, how="renormalize")
+    renormalized = by_expert(run(model, tokens, mask, wide, lighter)[1], 1)
+    assert (renormalized > 0).sum(-1)[0].tolist() == [4, 4, 7, 3, 4, 4, 4, 4, 4]
+    swapped = SwapRanks(1, -1, layers=1, pos=2, weights="slot")
+    weights = run(model, tokens, mask, swapped, lighter)[1]["blocks.1.mlp.hook_routing_weights"]
+    assert torch.equal(weights[:, 2], cache_of_four[:, 2])
 
     total = run(model, tokens, mask, wide, Ablate(layers=1, all_but=True))[2]
     assert total.lines[1, 1].asked == 2 * (8 * 4 + 7)
