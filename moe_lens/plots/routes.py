@@ -134,4 +134,4 @@ def _place(figure: go.Figure, experiment: RouteExperiment, names: Sequence[str],
             showarrow=False,
             font=dict(size=12, color=MUTED),
         )
-    figure.update_layout(height=height, margin_t=92)
+    figure.update_layout(height=height, margin_t=92, title_y=1 - 16 / height)
