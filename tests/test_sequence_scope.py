@@ -15,6 +15,7 @@ from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.first_order import direct, first_order, loss_gradients
 from moe_lens.interventions.outcomes import LogitDifference
 from moe_lens.interventions.sequence import everywhere, later_losses
+from moe_lens.interventions.spec import Ablate
 from tests.census_cases import VARIANTS, WITH_SHARED, batch, change_of, close, rows_of_transformers
 from tests.families import prompts
 from tests.reference_census import Row, cumulative_rows, direct_rows, first_order_rows
@@ -113,8 +114,26 @@ def test_everywhere_in_any_budget(model_of: Any, hooked: Any, how: str) -> None:
         assert (expected_gap[:, -1] == 0).all()
         active = (values.indices[rows][..., None] == experts).any(dim=1)
         assert torch.equal(expected_gap > 0, active)
-        part, _ = everywhere(clean, values, experts, rows[[2, 7]], change)
+        part, part_gap = everywhere(clean, values, experts, rows[[2, 7]], change)
+        torch.testing.assert_close(part_gap, expected_gap[[2, 7]], rtol=0, atol=1e-5)
         torch.testing.assert_close(part["loss"], expected["loss"][[2, 7]], rtol=0, atol=1e-5)
+
+
+def test_everywhere_over_holes(model_of: Any) -> None:
+    """Rotary positions are the columns; against full passes with the same mask."""
+    for variant in ("olmoe", "deepseek_v2"):
+        model = model_of(variant)
+        tokens, mask = prompts(length=9)[0][:1], torch.tensor([[0, 1, 1, 0, 1, 0, 1, 1, 1]]).bool()
+        layer = model.cfg.moe_layers[0]
+        clean = CleanRun.of(model, tokens[0], mask[0])
+        values, rows = clean.moe(layer), rows_with_next(clean)
+        assert clean.columns[rows].tolist() == [1, 6, 7]
+        experts = values.indices.unique()
+        read, _ = everywhere(clean, values, experts, rows, Change())
+        for n, expert in enumerate(experts.tolist()):
+            with model.intervene(Ablate(expert, layers=layer)), torch.no_grad():
+                losses = model(tokens, attention_mask=mask, return_type="loss", loss_per_token=True)[0]
+            torch.testing.assert_close(read["loss"][:, n], losses[clean.columns[rows]], rtol=0, atol=2e-5)
 
 
 def test_nan_everywhere(hooked: Any) -> None:
