@@ -387,6 +387,21 @@ def test_columns(model_of: Load) -> None:
     assert bool(nowhere.changed[0, 1, 3])
 
 
+def test_a_metric_may_be_a_view_of_the_logits_or_of_another_dtype(model_of: Load) -> None:
+    model = model_of("olmoe")
+    tokens, corrupted, mask, _ = a_batch("left")
+    common = dict(senders="layers", attention_mask=mask)
+    copied = path_patch(model, tokens, corrupted, metric=lambda logits: logits[:, -1, 5].clone(), **common)
+    view = path_patch(model, tokens, corrupted, metric=lambda logits: logits[:, -1, 5], **common)
+    assert copied.effect is not None
+    assert view.effect is not None
+    assert torch.equal(copied.effect, view.effect)
+    assert len(copied.effect.abs().unique()) > 6
+    double = path_patch(model, tokens, corrupted, metric=lambda x: x[:, -1, 5].double() * 1e12 + 1, **common)
+    assert double.effect is not None
+    assert double.effect.dtype == torch.float64
+
+
 def test_half_precision_runs(checkpoint: Load) -> None:
     """Small changes are rounding there, and the result says how small."""
     from moe_lens import HookedMoE
@@ -483,6 +498,8 @@ def test_other_refusals(model_of: Load) -> None:
 
     with pytest.raises(ValueError, match="the metric is NaN in the patch of A1"):
         path_patch(model, tokens, corrupted, ["A0", "A1"], attention_mask=mask, metric=nan_at_last)
+    with pytest.raises(ValueError, match="the metric changes the logits in place"):
+        path_patch(model, tokens, corrupted, "A0", attention_mask=mask, metric=lambda x: x.relu_().mean())
     infinite = {"hook_embed": torch.full_like(cache["hook_embed"], torch.inf)}
     with pytest.raises(ValueError, match="logits of the router M1 are not finite in the patch of embed"):
         path_patch(model, tokens, infinite, "embed", receiver="M1", attention_mask=mask)

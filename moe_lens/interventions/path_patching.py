@@ -192,7 +192,8 @@ class _Effects:
     """Gathers, sender by sender, what becomes of the metric and of the routers' logits.
 
     Raises:
-        ValueError: the metric gives neither one number nor one for each row, or NaN; router logits that are not finite.
+        ValueError: the metric gives neither one number nor one for each row, or NaN, or edits the logits;
+            router logits that are not finite.
     """
 
     def __init__(
@@ -219,14 +220,7 @@ class _Effects:
         rows, columns = self.rows[places], self.columns[places]
         self.changed[index, rows, columns] = True
         if self.metric is not None:
-            assert self.clean.logits is not None
-            logits = self.clean.logits
-            if len(places):
-                logits = logits.clone()
-                logits[rows, columns] = read[LOGITS].to(logits.dtype)
-            self.effect.append(
-                self._measured(logits, f"the patch of {self.senders[index].name}") - self.clean_metric
-            )
+            self.effect.append(self._effect(index, rows, columns, read))
         for name in self.routers:
             if self.senders[index].depth >= receiver_depth(name):
                 continue
@@ -246,10 +240,32 @@ class _Effects:
             if self.keep:
                 self.kept[name][index, self.rows, self.columns] = change
 
+    def _effect(
+        self,
+        index: int,
+        rows: Int[Tensor, " changed"],
+        columns: Int[Tensor, " changed"],
+        read: Mapping[str, Tensor],
+    ) -> Float[Tensor, "*row"]:
+        """What becomes of the metric, which is the clean one where nothing differs."""
+        if not len(rows):
+            return torch.zeros_like(self.clean_metric)
+        # Written into the clean logits and taken out again: a copy for each sender costs more than all else on a CPU.
+        logits = self.clean.logits
+        assert logits is not None
+        clean = logits[rows, columns]
+        logits[rows, columns] = read[LOGITS].to(logits.dtype)
+        patched = self._measured(logits, f"the patch of {self.senders[index].name}")
+        logits[rows, columns] = clean
+        return patched - self.clean_metric
+
     def _measured(self, logits: Tensor | None, what: str) -> Float[Tensor, "*row"]:
         assert self.metric is not None
         assert logits is not None
+        version = None if logits.is_inference() else logits._version
         measured = torch.as_tensor(self.metric(logits)).detach()
+        if version is not None and version != logits._version:
+            raise ValueError("the metric changes the logits in place; it must leave them as they are")
         if measured.shape not in ((), (len(self.clean.at),)):
             raise ValueError(
                 f"the metric must give one number, or one for each of {len(self.clean.at)} rows, not a tensor "
@@ -257,7 +273,8 @@ class _Effects:
             )
         if bool(measured.isnan().any()):
             raise ValueError(f"the metric is NaN in {what}")
-        return measured.float()
+        # A copy, because a metric may give a view of the logits.
+        return measured.to(torch.promote_types(measured.dtype, torch.float32), copy=True)
 
     def result(self, null_change: float) -> PathPatching:
         return PathPatching(
