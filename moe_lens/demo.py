@@ -1,4 +1,5 @@
-"""The main job on real text: verify a model, explain every routing decision over layers, count expert loads.
+"""The main job on real text: verify a model, explain every routing decision over layers, count expert loads, and test
+every active expert at every token.
 
 `moe-lens demo` and `make demo` run this and write what it gives as `report.html`.
 """
@@ -13,12 +14,18 @@ import numpy as np
 import pandas as pd
 import torch
 
+from moe_lens.audit.census import census
+from moe_lens.audit.census_document import Settings
+from moe_lens.audit.census_plan import CensusPlan, Documents
+from moe_lens.audit.census_table import Census
 from moe_lens.audit.verification import Verification, verify
+from moe_lens.census_page import LossChange, largest_changes, mean_by_rank
 from moe_lens.config import MoEConfig
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, bundled_documents, token_batches
+from moe_lens.interventions.branches import Change
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.attribution import attribution_hooks, router_logit_attrs
-from moe_lens.routing.contributions import RoutingContributions, contributions_of
+from moe_lens.routing.contributions import RoutingContributions, contributions_of, corpus_of
 from moe_lens.routing.load import ExpertLoad, LoadCounter
 from moe_lens.routing.streaming import ContributionAccumulator
 from moe_lens.routing_page_data import RoutingDecisions, routing_decisions
@@ -31,6 +38,8 @@ COMPLETENESS_TOLERANCE = 1e-5
 _MAX_LENGTH = 512
 _BATCH_SIZE = 8
 _VERIFIED_DOCUMENTS = 4
+_CENSUS_FLOPS = 4e12
+"""What a census of all positions may take, about; of a larger model there is one of a sample of them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,9 @@ class DemoResult:
             once, the stream, and the finer senders of `decisions`): max |sum of scores - logits| / max |logits|.
         load: of every expert.
         decisions: of a few documents, to look at one by one.
+        census: every active expert set to zero at one token, one at a time: at every position, or at a sample of them
+            where that would take too long.
+        largest_changes: the rows of the census where the loss rises most, in their text.
         documents: one row each: `document`, `topic`, `tokens`, `loss` (nats per token).
         loss: the mean over all tokens that have a next one, in nats.
         n_tokens, n_truncated_documents, n_truncated_tokens: of the corpus.
@@ -59,6 +71,8 @@ class DemoResult:
     completeness_error: float
     load: ExpertLoad
     decisions: RoutingDecisions
+    census: Census
+    largest_changes: list[LossChange]
     documents: pd.DataFrame
     loss: float
     n_tokens: int
@@ -112,8 +126,21 @@ class DemoResult:
             f"{expert}) to {self.load.shares.max():.1%} (layer {self.load.layers[layer_]}, expert {expert_}); even is "
             f"{self.load.uniform:.1%}"
         )
+        lines.append(self._census_line())
         lines.append(f"time: {self.seconds:.1f} s")
         return "\n".join(lines)
+
+    def _census_line(self) -> str:
+        by_rank = mean_by_rank(self.census)
+        of_ranks = ", ".join(f"rank {rank} {change:+.2g}" for rank, change in by_rank.items())
+        sample = self.census.identity["sample"]
+        where = "every position" if sample is None else f"a sample of {sample['n']:,} positions"
+        largest = self.largest_changes[0]
+        return (
+            f"census: {len(self.census):,} ablations, each of one active expert at one token, at {where}; mean change "
+            f"of the loss in nats: {of_ranks}; largest: {largest.delta_loss:+.2f} ({largest.name} at position "
+            f"{largest.position} of {largest.document})"
+        )
 
 
 def run_demo(
@@ -123,7 +150,7 @@ def run_demo(
     device: torch.device | str | None = None,
     verbose: bool = True,
 ) -> DemoResult:
-    """Verify a model and take its routing apart on held-out text, in float32.
+    """Verify a model, take its routing apart on held-out text, and test its experts there; in float32.
 
     Args:
         model: a checkpoint directory, a hub id, or `"mini"`; weights stored in half precision are upcast.
@@ -156,6 +183,7 @@ def run_demo(
     )
     contributions, load, per_document, loss, error = _run_corpus(hooked, corpus)
     decisions = routing_decisions(hooked, corpus)
+    experts = census(hooked, corpus, n=_n_census_positions(hooked, corpus), verbose=verbose)
     return DemoResult(
         cfg=hooked.cfg,
         n_parameters=sum(parameter.numel() for parameter in hooked.parameters()),
@@ -165,6 +193,8 @@ def run_demo(
         completeness_error=max(error, contributions.completeness_error, decisions.completeness_error),
         load=load,
         decisions=decisions,
+        census=experts,
+        largest_changes=largest_changes(hooked, corpus, experts),
         documents=per_document,
         loss=loss,
         n_tokens=corpus.n_tokens,
@@ -202,6 +232,28 @@ def _run_corpus(
         accumulator, corpus=[corpus.description], fingerprints=[corpus.fingerprint]
     )["layer"]
     return contributions, counter.result(), frame.drop(columns="predicted"), loss, error
+
+
+def _n_census_positions(model: HookedMoE, corpus: TokenBatches) -> int | None:
+    """As many as `_CENSUS_FLOPS` buys, spread over the documents; None where that is all of them.
+
+    The estimate is that of the census's own plan. It is the same on every machine, and so is the sample.
+    """
+    documents = Documents.of(model, corpus_of(model, corpus, None, _BATCH_SIZE))
+    positions = documents.sampled(None, 0)
+    settings = Settings(
+        layers=model.cfg.moe_layers,
+        change=Change(),
+        scope="token",
+        shared=False,
+        outcomes=(),
+        predictors=(),
+        null_branch=False,
+        memory_budget=2**30,
+    )
+    flops = CensusPlan.of(model, documents, positions, settings, 0).flops
+    total = sum(map(len, positions))
+    return None if flops <= _CENSUS_FLOPS else max(1, int(total * _CENSUS_FLOPS / flops))
 
 
 def _stored_dtype(model: str | Path) -> torch.dtype:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from moe_lens.audit.checks import Check
+from moe_lens.census_page import CENSUS_CSS, census_section, what_was_done
 from moe_lens.demo import COMPLETENESS_TOLERANCE, DemoResult
 from moe_lens.page import HOW_TO_READ, MEASURES_NOTE, figure_html, page_html, stripes_html, table, write_page
 from moe_lens.plots import MEASURE_NAMES, UNITS, load_heatmap
@@ -29,14 +30,16 @@ def report_html(result: DemoResult) -> str:
     """The page as text."""
     body = f"""<h1>What decides the routing of {escape(result.cfg.model_name)}</h1>
 <p class="lead">Every router's scores, taken apart exactly into what the embedding and each attention and MoE layer
-wrote, over {result.n_tokens:,} tokens of {len(result.documents)} held-out documents.</p>
+wrote, over {result.n_tokens:,} tokens of {len(result.documents)} held-out documents; and what becomes of the loss
+without each expert that they chose.</p>
 {_cards(result)}
 {_stripes_section(result)}
 {_load_section(result)}
 {routing_section(result.decisions)}
+{_census_section(result)}
 {_verification_section(result)}
 {_facts_section(result)}"""
-    return page_html(f"Routing of {result.cfg.model_name}", body, css=routing_css())
+    return page_html(f"Routing of {result.cfg.model_name}", body, css=routing_css() + CENSUS_CSS)
 
 
 def _cards(result: DemoResult) -> str:
@@ -94,6 +97,12 @@ def _load_section(result: DemoResult) -> str:
 <p>The share of tokens whose top {result.load.top_k} hold the expert. White is the even share,
 {result.load.uniform:.1%}; red experts are busier, blue ones idler. Padding is not counted.</p>
 <div class="figures">{figure_html(load_heatmap(result.load))}</div>"""
+
+
+def _census_section(result: DemoResult) -> str:
+    return f"""<h2>What every expert does to the loss</h2>
+<p>{what_was_done(result.census)}</p>
+{census_section(result.census, result.largest_changes)}"""
 
 
 def _verification_section(result: DemoResult) -> str:

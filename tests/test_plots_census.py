@@ -78,8 +78,8 @@ def test_lines_by_rank_show_means_and_errors(census: Census, column: str) -> Non
     assert list(style.layout_of(figure).xaxis.ticktext) == ["M1", "M2", "M4"]
     unit = "nats" if column == "delta_loss" else "no unit"
     assert f"({unit})" in style.layout_of(figure).yaxis.title.text
-    assert "270 ablations in 5 documents; bars: standard error over documents" in title(figure)
-    assert "one expert changed at one token (zero)" in title(figure)
+    assert "270 ablations in 5 documents, with standard errors" in title(figure)
+    assert "zero at one token; " in title(figure)
     # Whatever is drawn, bars included, lies within the axis.
     low, high = style.layout_of(figure).yaxis.range
     for trace in traces(figure):
@@ -96,7 +96,7 @@ def test_percentiles_have_no_errors(census: Census, statistic: Any, named: str) 
         assert trace.error_y.array is None
         assert "±" not in trace.text[0]
     assert title(figure).startswith(f"{named} ")
-    assert "bars" not in title(figure)
+    assert "standard errors" not in title(figure)
 
 
 def test_one_line_over_all_ranks(census: Census) -> None:
@@ -118,7 +118,7 @@ def test_a_frame_gives_the_same_lines(census: Census) -> None:
             np.testing.assert_array_equal(mine.x, its.x)
             np.testing.assert_array_equal(mine.y, its.y)
         # A frame does not know what was changed.
-        assert title(of_frame) == title(of_census).replace("one expert changed at one token (zero); ", "")
+        assert title(of_frame) == title(of_census).replace("zero at one token; ", "")
 
 
 def test_shared_experts_have_a_line_of_their_own() -> None:
@@ -137,14 +137,14 @@ def test_shared_experts_have_a_line_of_their_own() -> None:
 def test_one_document_has_no_errors() -> None:
     figure = plots.census_lines(census_of(1))
     assert "54 ablations in 1 document" in title(figure)
-    assert "standard error" not in title(figure)
+    assert "standard errors" not in title(figure)
     assert "±" not in traces(figure)[0].text[0]
 
 
 def test_the_subtitle_says_what_was_changed() -> None:
     sequence = census_of(how=EVIL, scope="sequence")
     for figure in (plots.census_lines(sequence), plots.loss_change_distribution(sequence)):
-        assert f"changed wherever it is active in the document ({SHOWN})" in title(figure)
+        assert f"{SHOWN} wherever active; " in title(figure)
 
 
 def test_lines_say_what_is_wrong(census: Census) -> None:
@@ -187,7 +187,9 @@ def test_distribution_counts_every_ablation_once(census: Census, by: Any) -> Non
         centres, share = np.asarray(trace.x), np.asarray(trace.y)
         assert np.nansum(share) == pytest.approx(100)
         assert not (share == 0).any()  # an empty bin is blank: zero has no logarithm
-        for low, high, s in zip(centres - 0.05, centres + 0.05, share, strict=True):
+        half = (centres[1] - centres[0]) / 2
+        assert half == pytest.approx(0.25)  # few ablations, wide bins
+        for low, high, s in zip(centres - half, centres + half, share, strict=True):
             inside = (changes >= sizes_of(low)) & (changes < sizes_of(high))
             assert np.nan_to_num(s) == pytest.approx(100 * inside.mean(), abs=1e-9)
     assert "270 ablations in 5 documents" in title(figure)
@@ -220,6 +222,21 @@ def test_distribution_of_rows_and_layers(census: Census) -> None:
             np.testing.assert_array_equal(mine.x, its.x)
             np.testing.assert_array_equal(mine.y, its.y)
     assert "90 ablations" in title(plots.loss_change_distribution(census, layers=2))
+
+
+@pytest.mark.parametrize(("n", "width"), [(3000, 0.1), (2999, 0.3), (500, 0.3), (499, 0.5)])
+def test_bins_are_wider_where_there_are_few_ablations(n: int, width: float) -> None:
+    """However wide they are, one bin is about zero, and none is lost."""
+    changes = np.linspace(-1, 1, n)
+    rows = pd.DataFrame({"layer": 0, "rank": 1, "delta_loss": changes})
+    (trace,) = traces(plots.loss_change_distribution(rows))
+    centres = np.asarray(trace.x)
+    np.testing.assert_allclose(np.diff(centres), width)
+    middle = len(centres) // 2
+    assert centres[middle] == pytest.approx(0, abs=1e-12)
+    assert np.nansum(trace.y) == pytest.approx(100)
+    inside = np.abs(changes) <= sizes_of(np.array(width / 2))
+    assert np.nan_to_num(trace.y[middle]) == pytest.approx(100 * inside.mean())
 
 
 def test_distribution_of_nothing_but_zeros() -> None:

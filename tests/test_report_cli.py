@@ -70,7 +70,7 @@ def _script_bodies(page: str) -> str:
 
 
 def test_page_shows_everything(result: DemoResult, page: str) -> None:
-    assert page.count('class="plotly-graph-div"') == 7
+    assert page.count('class="plotly-graph-div"') == 11
     for check in result.verification.checks:
         assert check.name in page
     assert f"{result.loss:.3f}" in page
@@ -92,9 +92,42 @@ def test_result(result: DemoResult) -> None:
     top = result.top_senders("ans", n=2)
     first, second = top["mean"].abs().tolist()
     assert first >= second
-    for word in ("nats per token", "variance", "aps", "ans", "expert load", "time:"):
+    for word in ("nats per token", "variance", "aps", "ans", "expert load", "census:", "time:"):
         assert word in result.summary()
     assert not replace(result, completeness_error=2e-5).passed
+
+
+def test_the_census_is_of_every_position(result: DemoResult, page: str) -> None:
+    cfg = result.cfg
+    n_positions = result.n_tokens - len(result.documents)
+    assert len(result.census) == n_positions * cfg.top_k * len(cfg.moe_layers)
+    assert result.census.identity["sample"] is None
+    assert f"census: {len(result.census):,} ablations" in result.summary()
+    assert "at every position; mean change of the loss in nats: rank 1 " in result.summary()
+    top = result.census.top(10)
+    assert [change.delta_loss for change in result.largest_changes] == top["delta_loss"].tolist()
+    for change, row in zip(result.largest_changes, top.itertuples(), strict=True):
+        assert change.document == result.documents["document"].iloc[row.document]
+        assert f"<td>M{row.layer}E{row.expert}</td>" in page
+        assert f"position {row.position}" in page
+    assert page.count("<mark>") == 1 + 10
+    # The documents' names, in attributes here, hold markup too.
+    assert 'title="&lt;script&gt;alert(&#x27;moe&#x27;)&lt;/script&gt; ' in page
+
+
+def test_a_large_model_is_sampled(hooked: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_lens import demo
+    from moe_lens.corpus import token_batches
+
+    batches = token_batches(hooked("olmoe"), corpus(5), batch_size=2, truncate=True)
+    assert demo._n_census_positions(hooked("olmoe"), batches) is None
+    some = []
+    for flops in (1e9, 5e8, 1.0):
+        monkeypatch.setattr(demo, "_CENSUS_FLOPS", flops)
+        some.append(demo._n_census_positions(hooked("olmoe"), batches))
+    assert some[2] == 1
+    assert some[0] == pytest.approx(2 * some[1], abs=1)
+    assert some[1] > 1
 
 
 def test_stripes(result: DemoResult) -> None:

@@ -312,11 +312,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+class FolderInUse(RuntimeError):
+    """Another writer is at work in a folder."""
+
+
 class FolderLock:
     """Keeps a second writer out of a folder. The system lets go of it when its process ends, however that ends.
 
     Raises:
-        RuntimeError: another writer is at work there.
+        FolderInUse: another writer is at work there.
     """
 
     def __init__(self, folder: Path):
@@ -336,7 +340,7 @@ class FolderLock:
                 holder = self._file.read().strip() or "another process"
                 self._file.close()
                 mine = holder == _this_process()
-                raise RuntimeError(
+                raise FolderInUse(
                     f"the census {str(folder)!r} is being written by {holder}"
                     + (", this one: close() that writer" if mine else "; two writers would mix their rows")
                 ) from None

@@ -39,7 +39,7 @@ _NAMES = {
 }
 _UNITS = {"delta_loss": "nats", "gap_norm": "", "routing_weight": ""}
 _STATISTICS = {"mean": "mean", "median": "Median", "p5": "5th percentile", "p95": "95th percentile"}
-_OF_SCOPES = {"token": "at one token", "sequence": "wherever it is active in the document"}
+_OF_SCOPES = {"token": "at one token", "sequence": "wherever active"}
 
 LINEAR_BELOW = 1e-3
 """Nats; the axis of a distribution is about linear within this of zero, and logarithmic beyond."""
@@ -124,7 +124,8 @@ def loss_change_distribution(
     census: Census | pd.DataFrame, *, by: By = "rank", layers: int | Sequence[int] | None = None
 ) -> go.Figure:
     """How the changes of the loss are distributed: the share of ablations in bins of equal width on an axis that is
-    about linear within 0.001 nats of zero and logarithmic beyond, with a line for each rank or layer.
+    about linear within 0.001 nats of zero and logarithmic beyond, with a line for each rank or layer. A bin is a tenth
+    of a decade wide, or three or five tenths where there are few ablations.
 
     Args:
         census: or rows of it, with the columns `layer`, `rank` and `delta_loss`.
@@ -136,7 +137,7 @@ def loss_change_distribution(
     """
     if by not in ("layer", "rank"):
         raise ValueError(f"by must be layer or rank, not {by!r}")
-    counts: dict[int, Int[np.ndarray, " bin"]] = {}
+    counts: Counts = {}
     n_documents = 0
     for rows in _rows(census, layers):
         bins = np.rint(_on_axis(rows["delta_loss"].astype(float)) / _BIN).astype(int)
@@ -150,11 +151,13 @@ def loss_change_distribution(
             counts[int(group)] = counts.get(int(group), np.zeros(2 * _MIDDLE + 1, int)) + counted
     if not counts:
         raise ValueError("there are no rows whose changes could be counted")
+    counts, width = _wide_enough(counts)
+    middle = len(next(iter(counts.values()))) // 2
     used = np.flatnonzero(np.any([counted > 0 for counted in counts.values()], axis=0))
-    reach = max(int(np.abs(used - _MIDDLE).max()), 1)
-    window = slice(_MIDDLE - reach, _MIDDLE + reach + 1)
-    centres = np.arange(-reach, reach + 1) * _BIN
-    edges = [_off_axis(centres - _BIN / 2), _off_axis(centres + _BIN / 2)]
+    reach = max(int(np.abs(used - middle).max()), 1)
+    window = slice(middle - reach, middle + reach + 1)
+    centres = np.arange(-reach, reach + 1) * width
+    edges = [_off_axis(centres - width / 2), _off_axis(centres + width / 2)]
     bounds = [f"{low:.2g} to {high:.2g} nats".replace("-", "−") for low, high in zip(*edges, strict=True)]
     figure, heights = go.Figure(), []
     for label, colour, dash, group in _groups(sorted(counts), by):
@@ -180,13 +183,13 @@ def loss_change_distribution(
     lay_out(
         figure,
         f"Distribution of the change of the loss, by {by}",
-        f"change of the loss (nats; about linear within ±{LINEAR_BELOW:g}, logarithmic beyond)",
+        "change of the loss (nats; linear near 0, logarithmic beyond)",
         "ablations in a bin (%)",
         subtitle=_subtitle(census, n_rows, n_documents),
     )
     lay_out_chart(figure)
     _legend(figure)
-    _axis_of_changes(figure, reach * _BIN)
+    _axis_of_changes(figure, (reach + 1) * width)
     fit_axis(figure.update_yaxes, np.stack(heights), "log")
     return figure
 
@@ -291,20 +294,33 @@ def _subtitle(
         identity = census.identity
         if "how" in identity and "scope" in identity:
             scope = _OF_SCOPES.get(identity["scope"], literal(identity["scope"]))
-            parts.append(f"one expert changed {scope} ({literal(identity['how'])})")
+            parts.append(f"{literal(identity['how'])} {scope}")
     counted = f"{n_rows:,} ablations"
     if n_documents:
         counted += f" in {n_documents:,} document{'s' if n_documents != 1 else ''}"
-    parts.append(counted)
     if statistic == "mean" and n_documents > 1:
-        parts.append("bars: standard error over documents")
+        counted += ", with standard errors"
+    parts.append(counted)
     return "; ".join(parts)
 
 
 # ---- axes ----
 
-_MIDDLE = 200
-"""The bin of zero. The axis goes up to 10^17 nats, so that every change of a loss has a bin."""
+_MIDDLE = 202
+"""The bin of zero. The axis goes up to 10^17 nats, so that every change of a loss has a bin; and its 405 bins can be put
+together by three and by five, with zero in the middle of one again."""
+
+
+Counts = dict[int, Int[np.ndarray, " bin"]]
+
+
+def _wide_enough(counts: Counts) -> tuple[Counts, float]:
+    """Bins put together where a line has few ablations to show, an odd number of them so that zero stays in the middle;
+    and how wide they are on the axis."""
+    least = min(int(counted.sum()) for counted in counts.values())
+    together = 1 if least >= 3000 else 3 if least >= 500 else 5
+    merged = {group: counted.reshape(-1, together).sum(axis=1) for group, counted in counts.items()}
+    return merged, _BIN * together
 
 
 def _on_axis(change: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
@@ -317,12 +333,13 @@ def _off_axis(place: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
 
 def _axis_of_changes(figure: go.Figure, reach: float) -> None:
     largest = float(_off_axis(np.array([reach]))[0])
-    sizes = [10.0**power for power in range(-3, 15) if 10.0**power <= largest]
+    sizes = [10.0**power for power in range(-2, 15) if 10.0**power <= largest]
     marks = [*(-size for size in reversed(sizes)), 0.0, *sizes]
     figure.update_xaxes(
         tickvals=_on_axis(np.array(marks)).tolist(),
         ticktext=[f"{mark:g}".replace("-", "−") for mark in marks],
-        range=[-reach - _BIN, reach + _BIN],
+        range=[-reach, reach],
+        tickangle=0,
         zeroline=True,
         zerolinewidth=1,
         zerolinecolor=MUTED,

@@ -1,0 +1,92 @@
+"""Options that commands have in common, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`MODEL`."""
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a hub id, or 'mini'")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """`--dtype` and `--device`."""
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    parser.add_argument("--device", help="default: a CUDA device where there is one, else the CPU")
+
+
+def add_corpus(parser: argparse.ArgumentParser, seed_help: str) -> None:
+    """`--corpus`, and which of its documents are taken and how much of them."""
+    parser.add_argument(
+        "--corpus",
+        default="bundled-demo",
+        help="a preset's name, a .jsonl or text file, or hf:NAME[:CONFIG[:SPLIT]] (default: bundled-demo)",
+    )
+    parser.add_argument("--n", type=int, help="documents; default: the preset's number, else all")
+    parser.add_argument(
+        "--allow-fewer", action="store_true", help="where there are fewer than --n, take those"
+    )
+    parser.add_argument("--min-length", type=int, help="tokens that a document must have")
+    parser.add_argument("--max-length", type=int, help="tokens after which it is cut (default: the context)")
+    parser.add_argument("--seed", type=int, help=seed_help)
+    parser.add_argument("--text-field", default="text", help="of JSON lines and datasets (default: text)")
+
+
+def add_memory_budget(parser: argparse.ArgumentParser, default: float) -> None:
+    """`--memory-budget`."""
+    parser.add_argument(
+        "--memory-budget", type=float, default=default, metavar="GIB", help=f"default: {default:g}"
+    )
+
+
+def check_corpus_and_output(options: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is read.
+
+    Raises:
+        ValueError, NotADirectoryError: it is.
+    """
+    from moe_lens.corpus_presets import corpus_kind
+
+    corpus_kind(options.corpus, text_field=options.text_field)
+    if options.output.exists() and not options.output.is_dir():
+        raise NotADirectoryError(f"--output {str(options.output)!r} is a file, and a folder is wanted")
+    if not 0 < options.memory_budget < float("inf"):
+        raise ValueError(f"--memory-budget {options.memory_budget} must be a positive number of GiB")
+
+
+def model_of(options: argparse.Namespace) -> Any:
+    """The model that is asked for."""
+    from moe_lens.model.hooked_moe import HookedMoE
+
+    return HookedMoE.from_pretrained(
+        options.model, dtype=DTYPES.get(options.dtype), device=device_of(options.device)
+    )
+
+
+def corpus_of(model: Any, options: argparse.Namespace, batch_size: int, **changes: Any) -> Any:
+    """The documents that are asked for, as batches of tokens.
+
+    Args:
+        changes: instead of the options of these names.
+    """
+    from moe_lens.corpus_presets import corpus_batches
+
+    names = ("max_length", "min_length", "n", "seed", "text_field", "allow_fewer")
+    given = {"source": options.corpus, **{name: getattr(options, name) for name in names}, **changes}
+    return corpus_batches(model, batch_size=batch_size, **given)
+
+
+def device_of(name: str | None) -> torch.device | None:
+    """Raises:
+    ValueError: there is no such device.
+    """
+    try:
+        return None if name is None else torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; give cpu, cuda or cuda:0") from error
