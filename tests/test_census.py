@@ -494,6 +494,11 @@ def test_what_a_model_cannot(
             census(model, tokens, **arguments)  # type: ignore[arg-type]
 
 
+def test_first_order_without_gradients(model_of: Any, nothing_runs: None) -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"first_order needs gradients"):
+        census(model_of("mixtral"), prompts()[0], predictors="first_order")
+
+
 def test_references_of_others(model_of: Any, hooked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_reference, tokens = reference_of(hooked, "olmoe_gqa_clip"), prompts()[0]
     monkeypatch.setattr(Block, "forward", lambda *_: pytest.fail("a layer was run"))

@@ -39,6 +39,7 @@ from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float
 from moe_lens.interventions.branches import Change, How
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
 from moe_lens.interventions.expert_reference import ExpertReference
+from moe_lens.interventions.first_order import require_gradients
 from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
 from moe_lens.model.hooked_moe import HookedMoE
@@ -193,6 +194,8 @@ def _settings(
     for name in chosen:
         if name not in PREDICTORS:
             raise ValueError(f"predictor {name!r} must be one of {', '.join(map(repr, PREDICTORS))}")
+    if "first_order" in chosen:
+        require_gradients()
     change = Change(how, reference, natural_number(seed, "seed"))
     if shared:
         check_shared(model, change)

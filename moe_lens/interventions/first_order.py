@@ -24,6 +24,16 @@ from moe_lens.interventions.replay import ReplayAttend
 from moe_lens.interventions.replay_plan import branch_bytes
 
 
+def require_gradients() -> None:
+    """Raises:
+    ValueError: there can be none here.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "first_order needs gradients, and torch.inference_mode() forbids them; torch.no_grad() does not"
+        )
+
+
 def loss_gradients(
     clean: CleanRun, rows: Int[Tensor, " n"], memory_budget: int = 2**30
 ) -> Float[Tensor, "layer n d_model"]:
@@ -35,7 +45,11 @@ def loss_gradients(
         clean: the document.
         rows: tokens that have a next one, as places among the document's, ascending.
         memory_budget: bytes for what the backward pass keeps.
+
+    Raises:
+        ValueError: inside of `torch.inference_mode()`.
     """
+    require_gradients()
     model = clean.model
     step = max(1, memory_budget // (branch_bytes(model, len(clean.tokens)) * model.cfg.n_layers))
     return torch.cat([_gradients(clean, rows[i : i + step]) for i in range(0, len(rows), step)], dim=1)
