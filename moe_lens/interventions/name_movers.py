@@ -2,8 +2,9 @@
 
 In "When Mary and John went to the store, John gave a drink to" the tokens are called IO (Mary), S1 and S2 (John, twice)
 and END (to). A head's output at END is replaced by what it is in a sentence about three other people, attention is held
-and MLPs are recomputed. Where logit(IO) - logit(S) then falls, the head was promoting the right name: a name mover;
-where it rises, a negative one.
+and MLPs are recomputed. Where logit(IO) - logit(S) then falls, the head was working for the right name, and where it
+rises, against it. In GPT-2 the former are the name movers, which attend to IO and write what they find there; but a
+head that holds S back looks the same in the difference, so the two logits are given apart.
 
 Source: Wang et al. 2023, "Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 Small"
 (arXiv:2211.00593), section 3.1; "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs" (ICLR

@@ -204,10 +204,10 @@ class _Effects:
         self.routers = [receiver for receiver in clean.receivers if receiver != LOGITS]
         shape = (len(senders), *clean.at.shape)
         self.changed = torch.zeros(shape, dtype=torch.bool, device=clean.at.device)
-        self.effect: list[Tensor] = []
         self.clean_metric = (
             torch.tensor(torch.nan) if metric is None else self._measured(clean.logits, "the clean run")
         )
+        self.effect = self.clean_metric.new_zeros(len(senders), *self.clean_metric.shape)
         blank = torch.full(shape, torch.nan, device=clean.at.device)
         self.of_routers = {name: RouterChange(*(blank.clone() for _ in range(4))) for name in self.routers}
         self.kept: dict[str, Tensor] = {}
@@ -220,7 +220,7 @@ class _Effects:
         rows, columns = self.rows[places], self.columns[places]
         self.changed[index, rows, columns] = True
         if self.metric is not None:
-            self.effect.append(self._effect(index, rows, columns, read))
+            self.effect[index] = self._effect(index, rows, columns, read)
         for name in self.routers:
             if self.senders[index].depth >= receiver_depth(name):
                 continue
@@ -284,7 +284,7 @@ class _Effects:
             positions=self.clean.at,
             changed=self.changed,
             clean_metric=None if self.metric is None else self.clean_metric,
-            effect=torch.stack(self.effect) if self.effect else None,
+            effect=None if self.metric is None else self.effect,
             routers=self.of_routers,
             router_logit_changes=self.kept,
             null_change=null_change,
