@@ -79,6 +79,10 @@ def path_patch(
 ) -> PathPatching:
     """Replace each sender's output, one at a time, by that of a corrupted run, and see what receivers make of it.
 
+    What senders write is held for both runs at the replaced places. For experts it is layers x places x k x d_model
+    numbers a run: for OLMoE in float32 1 MiB a place, so that `positions` matter; with the logits as receiver, the
+    clean ones of the whole batch are held too.
+
     Args:
         model: run without gradients, and without hooks of its own.
         tokens: the clean prompts.
