@@ -495,8 +495,9 @@ def test_what_a_model_cannot(
 
 
 def test_first_order_without_gradients(model_of: Any, nothing_runs: None) -> None:
+    model = model_of("mixtral")  # not in there, for other tests take it too
     with torch.inference_mode(), pytest.raises(ValueError, match=r"first_order needs gradients"):
-        census(model_of("mixtral"), prompts()[0], predictors="first_order")
+        census(model, prompts()[0], predictors="first_order")
 
 
 def test_references_of_others(model_of: Any, hooked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,15 +520,16 @@ def test_an_expert_that_the_reference_never_met(model_of: Any, hooked: Any) -> N
         census(model, tokens, how="mean", reference=reference)
 
 
-def test_models_with_hooks(model_of: Any, nothing_runs: None) -> None:
-    model, tokens = model_of("mixtral"), prompts()[0]
+def test_models_with_hooks(model_of: Any, nothing_runs: None, tmp_path: Path) -> None:
+    model, tokens, folder = model_of("mixtral"), prompts()[0], tmp_path / "census"
     with (
         model.hooks([("blocks.1.mlp.hook_expert_contrib", lambda value, hook: value * 0)]),
         pytest.raises(ValueError, match=r"without hooks.*blocks\.1\.mlp\.hook_expert_contrib"),
     ):
-        census(model, tokens)
+        census(model, tokens, output=folder)
     with pytest.raises(ValueError, match="an open intervene"), model.intervene(Ablate("M1E2")):
-        census(model, tokens)
+        census(model, tokens, output=folder)
+    assert not folder.exists()
 
 
 # --- NaN ----------------------------------------------------------------------------------------------------
@@ -640,6 +642,25 @@ def test_half_precision_counts_from_the_null_branch(hooked: Any) -> None:
     later = census(model, tokens, layers=2, outcome=["later_loss"], noise_samples=0).to_pandas()
     assert (later.delta_later_loss.dropna() == 0).all()
     assert later.delta_later_loss.isna().sum() == 2 * 4
+
+
+@pytest.mark.slow
+def test_noise_floor_is_that_of_the_rows(hooked: Any) -> None:
+    """Its medians over a sample are those of the census's own rows against float32's, as near as a sample can be."""
+    exact = hooked("qwen3_moe")
+    model, (tokens, mask) = copy.deepcopy(exact).to(torch.bfloat16), prompts("left", length=24)
+    made = census(model, tokens, attention_mask=mask, layers=1, noise_samples=150)
+    full = census(exact, tokens, attention_mask=mask, layers=1).to_pandas()
+    both = made.to_pandas().merge(full, on=["document", "position", "expert"], suffixes=("", "_full"))
+    floor = made.facts["noise_floor"]
+    for name, values in (
+        ("median_effect", both.delta_loss_full),
+        ("replay_error", both.delta_loss - both.delta_loss_full),
+        ("replay_error_without_null", both.delta_loss + both.null_delta_loss - both.delta_loss_full),
+    ):
+        assert floor[name] == pytest.approx(values.abs().median(), rel=0.3), name
+    assert 0 < floor["null_error"] < 3 * both.null_delta_loss.abs().median()
+    assert 0.5 * floor["replay_error"] < floor["hooked_error"] < 2 * floor["replay_error"]
 
 
 def test_noise_floor_that_finds_nothing(hooked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
