@@ -307,8 +307,8 @@ def _subtitle(
 # ---- axes ----
 
 _MIDDLE = 202
-"""The bin of zero. The axis goes up to 10^17 nats, so that every change of a loss has a bin; and its 405 bins can be put
-together by three and by five, with zero in the middle of one again."""
+"""The bin of zero. The axis goes up to 10^17 nats, so that every change of a loss has a bin; and its 405 bins can be
+put together by three and by five, with zero in the middle of one again."""
 
 
 Counts = dict[int, Int[np.ndarray, " bin"]]
