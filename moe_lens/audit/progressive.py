@@ -25,8 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_document import Settings
+from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_summary import clustered_mean
 from moe_lens.interventions.branches import Change, How, heaviest_slots
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks

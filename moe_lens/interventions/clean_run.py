@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.model.attend import Attend
-from moe_lens.model.hook_point import HookPoint
+from moe_lens.model.hook_point import HookPoint, with_own_hook_points
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.loss import loss_per_token
 from moe_lens.routing.arguments import few
@@ -124,20 +125,22 @@ class CleanRun:
     @torch.no_grad()
     def moe(self, layer: int) -> MoEValues:
         """What an MoE layer did, computed again from the stream that it read."""
-        mlp, points = f"blocks.{layer}.mlp", {}
+        block: Any = self.model.blocks[layer]
+        # Branches may be at work in the model's own modules meanwhile: these hooks are for this one run.
+        mlp = with_own_hook_points(block.mlp)
+        points: dict[str, Tensor] = {}
 
-        def keep(value: Tensor, hook: HookPoint) -> None:
-            assert hook.name is not None
-            points[hook.name.removeprefix(f"{mlp}.hook_")] = value[0]
+        def keep(name: str, point: HookPoint, inputs: Any, value: Tensor) -> None:
+            points[name] = value[0]
 
         shared = self.model.cfg.shared
         names = ["expert_weights", "expert_indices", "routing_weights", "expert_out", "expert_contrib"]
         names += ["shared_out"] if shared else []
         names += ["shared_gate"] if shared and shared.gated else []
-        block: Any = self.model.blocks[layer]
-        with self.model.hooks([(f"{mlp}.hook_{name}", keep) for name in names]):
-            normalized = block.ln2(self.resid_mid[layer][None])
-            block.mlp(normalized)
+        for name in names:
+            getattr(mlp, f"hook_{name}").register_forward_hook(partial(keep, name))
+        normalized = block.ln2(self.resid_mid[layer][None])
+        mlp(normalized)
         gate = points.get("shared_gate")
         return MoEValues(
             layer=layer,

@@ -18,8 +18,11 @@ Importance in Mixture-of-Experts Models" (arXiv:2606.10703), section 2.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from moe_lens.interventions.branches import Change, Starts, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues, require_no_hooks
+from moe_lens.interventions.cores import all_cores
 from moe_lens.interventions.outcomes import Outcome, check_outcomes, read_outcomes
 from moe_lens.interventions.replay_plan import ReplayPlan
 from moe_lens.model.attend import Attend
@@ -161,8 +165,8 @@ def replay(
         change: how the removed slots are changed; None is `Change("zero")`.
         outcomes: what is read beside the loss: `"kl"`, or `LogitDifference`s.
         null_branch: run a branch that changes nothing beside those of each layer.
-        memory_budget: bytes that the branches may take at once. It divides the work and changes no number but by
-            the rounding of other kernel shapes.
+        memory_budget: bytes that the branches may take at once, on all cores together. It divides the work,
+            and changes no number but by the rounding of other kernel shapes.
         on_layer: is handed what each layer did in the clean run, for whoever wants more of it than comes back.
 
     Raises:
@@ -175,31 +179,42 @@ def replay(
     rows = clean.has_next.nonzero()[:, 0] if rows is None else rows
     _check(clean, branches, rows, change)
     check_outcomes(outcomes, clean.model.cfg.d_vocab)
-    sizes = [(of.layer, of.n_branches) for of in branches]
-    plan = ReplayPlan.make(clean.model, sizes, len(rows), len(clean.tokens), memory_budget, null_branch)
     parts: list[list[_Read]] = [[] for _ in branches]
     nulls: list[list[_Read]] = [[] for _ in branches]
     experts: dict[int, Tensor] = {}
-    for group in plan.groups:
-        of_layer = {layer: clean.moe(layer) for layer in {branches[i].layer for i in group}}
-        for layer, layer_values in of_layer.items():
-            experts[layer] = layer_values.indices[rows]
-            if on_layer is not None:
-                on_layer(layer_values)
-        for start in range(0, len(rows), plan.rows_at_once):
-            chosen = slice(start, start + plan.rows_at_once)
-            suffix = _Suffix(clean, rows[chosen], change, of_layer)
-            reads, of_nulls = suffix.run(
-                [(branches[i], branches[i].at(chosen, len(rows[chosen]))) for i in group],
-                outcomes,
-                null_branch,
-                memory_budget,
-            )
-            for i, read in zip(group, reads, strict=True):
-                parts[i].append(read)
-            if of_nulls is not None:
-                for i, null in zip(group, of_nulls, strict=True):
+    with all_cores(rows.device) as cores:
+        budget = max(1, memory_budget // cores.n)
+        sizes = [(of.layer, of.n_branches) for of in branches]
+        plan = ReplayPlan.make(clean.model, sizes, len(rows), len(clean.tokens), budget, null_branch, cores.n)
+        at_work: deque[tuple[list[int], list[Future[_OfRows]]]] = deque()
+
+        def take_oldest() -> None:
+            group, futures = at_work.popleft()
+            for future in futures:
+                reads, of_nulls = future.result()
+                for i, read in zip(group, reads, strict=True):
+                    parts[i].append(read)
+                for i, null in zip(group, of_nulls or [], strict=False):
                     nulls[i].append(null)
+
+        for group in plan.groups:
+            # What the experts of two groups' layers put out is held at most, so that no core waits for the next.
+            if len(at_work) == 2:
+                take_oldest()
+            of_layer = {layer: clean.moe(layer) for layer in {branches[i].layer for i in group}}
+            for layer, layer_values in of_layer.items():
+                experts[layer] = layer_values.indices[rows]
+                if on_layer is not None:
+                    on_layer(layer_values)
+            futures = []
+            for start in range(0, len(rows), plan.rows_at_once):
+                chosen = slice(start, start + plan.rows_at_once)
+                suffix = _Suffix(clean, rows[chosen], change, of_layer)
+                at_rows = [(branches[i], branches[i].at(chosen, len(rows[chosen]))) for i in group]
+                futures.append(cores.submit(partial(suffix.run, at_rows, outcomes, null_branch, budget)))
+            at_work.append((group, futures))
+        while at_work:
+            take_oldest()
     joined = [_joined(part) for part in parts]
     joined_nulls = [_joined(part) for part in nulls] if null_branch else None
     result = Replayed(
@@ -222,6 +237,10 @@ class _Read:
     gap_norm: Float[Tensor, "n branch"]
 
 
+_OfRows = tuple[list[_Read], list[_Read] | None]
+"""Of some rows: what is read of each of the branches, in their order; and of the null branch beside each."""
+
+
 def _joined(parts: Sequence[_Read]) -> _Read:
     outcomes = {name: torch.cat([part.outcomes[name] for part in parts]) for name in parts[0].outcomes}
     return _Read(outcomes, torch.cat([part.gap_norm for part in parts]))
@@ -242,8 +261,8 @@ class _Suffix:
         outcomes: Sequence[Outcome],
         null_branch: bool,
         memory_budget: int,
-    ) -> tuple[list[_Read], list[_Read] | None]:
-        """What is read of each, in their order; and of the null branch beside each."""
+    ) -> _OfRows:
+        """What is read where all these branches end."""
         model, attend = self.clean.model, ReplayAttend(self.clean, self.rows)
         first = min(of.layer for of, _ in branches)
         streams: Float[Tensor, "n branch d_model"] | None = None

@@ -32,6 +32,7 @@ class ReplayPlan:
         n_tokens: int,
         memory_budget: int,
         null_branch: bool,
+        n_at_once: int = 1,
     ) -> ReplayPlan:
         """Divide the work.
 
@@ -39,8 +40,9 @@ class ReplayPlan:
             branches: (layer, how many branches), of each that is given to `replay`.
             n_rows: positions.
             n_tokens: of the document.
-            memory_budget: bytes.
+            memory_budget: bytes, for each piece of the work.
             null_branch: whether one runs beside the branches of each layer.
+            n_at_once: how many pieces are worked on side by side; there should be as many.
         """
         affordable = max(1, min(memory_budget // branch_bytes(model, n_tokens), fast_enough(model, n_tokens)))
         groups: list[list[int]] = []
@@ -54,7 +56,8 @@ class ReplayPlan:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        return cls(groups, max(1, min(n_rows, affordable // max(map(width, groups)))))
+        rows_at_once = max(1, min(-(-n_rows // n_at_once), affordable // max(map(width, groups))))
+        return cls(groups, rows_at_once)
 
 
 def fast_enough(model: HookedMoE, n_keys: int) -> int:

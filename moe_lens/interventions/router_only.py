@@ -10,19 +10,18 @@ component's score, section 7.2 for setting it to zero.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lens.interventions.layer_hooks import Hook, LayerHooks
 from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
 from moe_lens.interventions.spec import RouterOnly
-from moe_lens.model.hook_point import HookPoint
+from moe_lens.model.hook_point import HookPoint, with_own_hook_points
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.mlp import DenseMLP
 from moe_lens.model.moe import MoE
@@ -243,14 +242,4 @@ class RouterOnlyHooks:
         layer = int(hook.name.split(".")[1])
         block: Any = self.model.blocks[layer]
         x = block.ln2.w * self.values[f"blocks.{layer}.ln2.hook_normalized"]
-        return without_hooks(block.mlp).forward(x)
-
-
-def without_hooks(module: nn.Module) -> nn.Module:
-    """The same module on the same weights, with hook points of its own: whoever listens hears nothing of its runs."""
-    twin = copy.copy(module)
-    twin._modules = {
-        name: HookPoint(may_change_shape=child.may_change_shape) if isinstance(child, HookPoint) else child
-        for name, child in module._modules.items()
-    }
-    return twin
+        return with_own_hook_points(block.mlp).forward(x)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint as TransformerLensHookPoint
 
 # Where nnsight keeps its state on a module that it has wrapped. It registers no torch hook.
@@ -75,3 +76,20 @@ class HookPoint(TransformerLensHookPoint):
         if edited.is_floating_point() and value.is_floating_point():
             return edited.to(value.dtype)
         return edited
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def with_own_hook_points(module: Module) -> Module:
+    """The same module on the same weights, with hook points of its own: whoever listens hears nothing of its runs."""
+    twin = copy.copy(module)
+    twin._modules = {
+        name: HookPoint(
+            child.pos_dim, shares_memory=child.shares_memory, may_change_shape=child.may_change_shape
+        )
+        if isinstance(child, HookPoint)
+        else child
+        for name, child in module._modules.items()
+    }
+    return twin

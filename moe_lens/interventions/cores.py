@@ -1,0 +1,58 @@
+"""Independent pieces of work on all cores of a CPU, each piece on one.
+
+A product of many small matrices gains less from a second core than two such products, side by side, each on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Cores(Generic[T]):
+    """Where pieces of work are handed in; `submit` returns what `result` of will be theirs.
+
+    Attributes:
+        n: how many pieces are worked on at once.
+    """
+
+    def __init__(self, n: int, pool: ThreadPoolExecutor | None):
+        self.n, self._pool = n, pool
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Hand in a piece of work, which runs without gradients. With one core it is done at once."""
+        if self._pool is not None:
+            return self._pool.submit(_without_gradients, work)
+        future: Future[T] = Future()
+        future.set_result(_without_gradients(work))
+        return future
+
+
+def _without_gradients(work: Callable[[], T]) -> T:
+    # Whether gradients are recorded is known to each thread by itself.
+    with torch.no_grad():
+        return work()
+
+
+@contextmanager
+def all_cores(device: torch.device) -> Iterator[Cores]:
+    """As many pieces at once as torch may use threads, while each uses one; on other devices, one after the other.
+
+    Torch's number of threads is one meanwhile, for the whole process, and afterwards what it was.
+    """
+    n = torch.get_num_threads() if device.type == "cpu" else 1
+    if n == 1:
+        yield Cores(1, None)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n) as pool:
+            yield Cores(n, pool)
+    finally:
+        torch.set_num_threads(n)
