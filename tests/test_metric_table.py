@@ -1,0 +1,286 @@
+"""The table of metrics: frame, file, arrays of one's own; and the released definitions beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lens.audit.metric_table import MetricTable
+from moe_lens.audit.metrics import PAPER_METRICS, RELEASED, expert_metrics
+from moe_lens.audit.released_metrics import AboveLowestThreshold
+from moe_lens.routing.storage import write_atomically
+from tests.families import PAD, prompts
+from tests.reference_metrics import Batch, released_metrics
+from tests.routing_cases import corpus
+
+Load = Callable[[str], Any]
+
+
+@pytest.fixture
+def table(model_of: Load) -> MetricTable:
+    return expert_metrics(model_of("olmoe"), corpus())
+
+
+# ---- the table ----
+
+
+def test_the_frame_has_a_row_for_each_expert(table: MetricTable) -> None:
+    frame = table.to_frame()
+    assert len(frame) == 3 * 8
+    assert list(frame.columns[:5]) == [
+        "layer",
+        "expert",
+        "count",
+        "utilization_rate",
+        "utilization_rate_standard_error",
+    ]
+    row = frame[(frame["layer"] == 2) & (frame["expert"] == 5)].iloc[0]
+    for name in table.metrics:
+        np.testing.assert_equal(row[name], table.values[name][2, 5])
+        np.testing.assert_equal(row[f"{name}_standard_error"], table.standard_errors[name][2, 5])
+    assert row["count"] == table.counts[2, 5]
+
+
+def test_a_table_is_what_was_saved(table: MetricTable, tmp_path: Path) -> None:
+    table = table.with_array("mine", np.arange(24.0).reshape(3, 8))
+    loaded = MetricTable.load(table.save(tmp_path / "metrics.safetensors"))
+    assert loaded.metrics == table.metrics
+    assert loaded.layers == table.layers
+    assert loaded.provenance == table.provenance
+    assert (loaded.n_tokens, loaded.n_documents) == (table.n_tokens, table.n_documents)
+    assert np.array_equal(loaded.counts, table.counts)
+    for name in table.metrics:
+        np.testing.assert_array_equal(loaded.values[name], table.values[name])
+        np.testing.assert_array_equal(loaded.standard_errors[name], table.standard_errors[name])
+        assert loaded.values[name].dtype == np.float64
+
+
+def test_other_files_are_refused(table: MetricTable, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        MetricTable.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        table.save(tmp_path / "none" / "metrics.safetensors")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="text is no file of a table of expert metrics"):
+        MetricTable.load(tmp_path / "text")
+    write_atomically(tmp_path / "other", {"counts": torch.zeros(1)}, {"format": "another 1"})
+    with pytest.raises(ValueError, match="other is no table of expert metrics: 'another 1'"):
+        MetricTable.load(tmp_path / "other")
+
+
+def test_provenance_says_what_it_is_of(table: MetricTable) -> None:
+    assert set(table.provenance["definitions"]) == set(table.metrics)
+    for text in table.provenance["definitions"].values():
+        assert "Source: " in text
+        assert "no description" not in text
+    assert table.provenance["as_released"] is None
+    assert table.provenance["n_padding_counted"] == 0
+    assert table.provenance["dtype"] == "float32"
+    assert table.provenance["seed"] == 0
+
+
+def test_arrays_of_one_s_own(table: MetricTable) -> None:
+    values = np.arange(24).reshape(3, 8)
+    with_it = table.with_array("mine", values, definition="counted by hand")
+    assert with_it.metrics == (*table.metrics, "mine")
+    assert "mine" not in table.metrics
+    assert np.array_equal(with_it.values["mine"], values)
+    assert with_it.values["mine"].dtype == np.float64
+    assert np.isnan(with_it.standard_errors["mine"]).all()
+    assert with_it.provenance["definitions"]["mine"] == "counted by hand"
+    # It is a copy.
+    values[0, 0] = 99
+    assert with_it.values["mine"][0, 0] == 0
+    of_torch = table.with_array(
+        "mine", torch.ones(3, 8, requires_grad=True), standard_errors=torch.zeros(3, 8)
+    )
+    assert (of_torch.values["mine"] == 1).all()
+    assert (of_torch.standard_errors["mine"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "mine",
+            np.zeros((8, 3)),
+            r"the array 'mine' has shape \[8, 3\], and it must be \[layer, expert\] = \[3, 8\]",
+        ),
+        ("mine", np.full((3, 8), np.inf), "is inf for M0E0"),
+        ("mine", np.where(np.arange(8) == 5, np.nan, np.ones((3, 8))), "is nan for M0E5, which is active at"),
+        ("mine", [["a"] * 8] * 3, "no array of numbers"),
+        ("activation_norm", np.zeros((3, 8)), "has a metric 'activation_norm' already"),
+        ("of mine", np.zeros((3, 8)), "identifier"),
+        ("expert", np.zeros((3, 8)), "another column"),
+    ],
+)
+def test_arrays_that_are_wrong_raise(table: MetricTable, name: str, values: Any, message: str) -> None:
+    assert (table.counts[:, 5] > 0).all()
+    with pytest.raises(ValueError, match=message):
+        table.with_array(name, values)
+
+
+def test_an_unknown_layer_is_named(table: MetricTable) -> None:
+    assert table.layer_index(2) == 2
+    with pytest.raises(ValueError, match="the table has no layer 7; it is of layers 0, 1, 2"):
+        table.layer_index(7)
+
+
+# ---- as released ----
+
+
+def right_padded() -> list[Batch]:
+    """Eight documents, padded on the right to one length by far longer than most: over half is padding."""
+    batches = []
+    for seed in range(2):
+        tokens, mask = torch.full((4, 20), PAD), torch.zeros(4, 20, dtype=torch.long)
+        for row, length in enumerate((3 + seed, 6, 9, 5)):
+            tokens[row, :length] = prompts(seed=10 * seed + row, batch=1, length=length)[0][0]
+            mask[row, :length] = 1
+        batches.append((tokens, mask))
+    return batches
+
+
+# Qwen's script chooses again, without groups; here the experts are those that the model chose.
+RELEASED_CASES = [
+    (variant, whose)
+    for variant in ("olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v2_groups", "qwen3_moe")
+    for whose in RELEASED
+    if (variant, whose) != ("deepseek_v2_groups", "qwen2_moe")
+]
+
+
+@pytest.mark.parametrize(("variant", "whose"), RELEASED_CASES)
+def test_released_definitions_are_the_scripts_(hf: Load, model_of: Load, variant: str, whose: str) -> None:
+    """On transformers' own modules, with its own padded positions."""
+    if (variant, whose) == ("deepseek_v2_groups", "qwen2_moe"):
+        pytest.skip(
+            "Qwen's script chooses again, without groups; here the experts are those that the model chose"
+        )
+    batches = right_padded()
+    table = expert_metrics(model_of(variant), batches, as_released=whose)
+    expected = released_metrics(hf(variant), batches, whose)
+    assert table.metrics == PAPER_METRICS == tuple(expected)
+    for name in table.metrics:
+        for place, layer in enumerate(table.layers):
+            there = np.array([expected[name][layer, expert] for expert in range(table.n_experts)])
+            np.testing.assert_allclose(
+                table.values[name][place], there, rtol=2e-4, atol=2e-5, err_msg=f"{name} of layer {layer}"
+            )
+        assert np.isnan(table.standard_errors[name]).all()
+
+
+def test_released_tables_say_what_they_count(model_of: Load) -> None:
+    batches, model = right_padded(), model_of("qwen2_moe")
+    n_real = sum(int(mask.sum()) for _, mask in batches)
+    for whose, n_tokens, n_padding in (
+        ("olmoe", 160, 160 - n_real),
+        ("deepseek_v2", 160, 160 - n_real),
+        ("qwen2_moe", n_real - 3, 0),  # one document has three tokens, and these do not count
+    ):
+        table = expert_metrics(model, batches, as_released=whose)
+        assert table.n_tokens == n_tokens
+        assert table.provenance["n_padding_counted"] == n_padding
+        assert table.provenance["as_released"] == whose
+        assert table.provenance["definitions"] == RELEASED[whose].definitions
+        assert (table.counts.sum(axis=1) == n_tokens * model.cfg.top_k).all()
+    assert expert_metrics(model, batches, as_released=True).provenance["as_released"] == "qwen2_moe"
+    some = expert_metrics(model, batches, as_released="olmoe", metrics="activation_std", layers=1)
+    assert some.metrics == ("activation_std",)
+    assert some.layers == (1,)
+
+
+def test_released_definitions_differ_from_the_paper_s(model_of: Load) -> None:
+    """What the tests of the plain metrics rule out is what these do."""
+    model, batches = model_of("olmoe"), right_padded()
+    plain = expert_metrics(model, batches)
+    olmoe, deepseek, qwen = (expert_metrics(model, batches, as_released=whose) for whose in RELEASED)
+    # Raw logits are no rates; shares of activations sum to 1; padding moves the share of selections.
+    assert (olmoe.values["utilization_rate"] < 0).any()
+    np.testing.assert_allclose(deepseek.values["utilization_rate"].sum(axis=1), model.cfg.top_k)
+    np.testing.assert_allclose(qwen.values["utilization_rate"].sum(axis=1), 1)
+    assert np.abs(deepseek.values["utilization_rate"] - plain.values["utilization_rate"]).max() > 0.1
+    assert np.abs(qwen.values["activation_std"] / plain.values["activation_std"] - 1).min() > 0.1
+    # Without padding, DeepSeek's are the paper's.
+    tokens = prompts(batch=4, length=16)[0]
+    unpadded, paper = expert_metrics(model, tokens, as_released="deepseek_v2"), expert_metrics(model, tokens)
+    for name in PAPER_METRICS:
+        np.testing.assert_allclose(unpadded.values[name], paper.values[name], rtol=1e-6)
+
+
+def test_qwen_s_norms_are_of_the_first_thirty_texts(hf: Load, model_of: Load) -> None:
+    model = model_of("qwen2_moe")
+    tokens = torch.cat([prompts(seed=seed, batch=1, length=4)[0] for seed in range(36)])
+    mask = torch.ones_like(tokens)
+    mask[2, 3] = 0  # three tokens: left out, but it is one of the thirty
+    whole = expert_metrics(model, tokens, attention_mask=mask, as_released=True, batch_size=7)
+    expected = released_metrics(hf("qwen2_moe"), [(tokens, mask)], "qwen2_moe")
+    for name in PAPER_METRICS:
+        there = np.array([[expected[name][layer, e] for e in range(8)] for layer in whole.layers])
+        np.testing.assert_allclose(whole.values[name], there, rtol=2e-4, atol=2e-5, err_msg=name)
+    first = expert_metrics(model, tokens[:30], attention_mask=mask[:30], as_released=True)
+    for name, alike in (("activation_norm", True), ("activation_std", True), ("mean_routing_weight", False)):
+        assert np.allclose(first.values[name], whole.values[name], rtol=1e-5) is alike
+
+
+def test_released_metrics_of_an_expert_that_is_never_active_are_zero(model_of: Load) -> None:
+    for whose in RELEASED:
+        table = expert_metrics(model_of("mixtral"), torch.tensor([[5, 9, 7, 6]]), as_released=whose)
+        never = table.counts == 0
+        assert never.any()
+        for name in ("activation_norm", "activation_std"):
+            assert (table.values[name][never] == 0).all()
+
+
+def test_padded_queries_change_no_real_token(model_of: Load) -> None:
+    """The run with transformers' padding gives real tokens what every run gives them."""
+    model, (tokens, mask) = model_of("deepseek_v2"), prompts("right", batch=3, length=9)
+    plain = expert_metrics(model, tokens, attention_mask=mask)
+    seen: list[Tensor] = []
+    with model.hooks([("blocks.2.hook_resid_post", lambda value, hook: seen.append(value.detach().clone()))]):
+        expert_metrics(model, tokens, attention_mask=mask, as_released="deepseek_v2")
+        with torch.no_grad():
+            model(tokens, attention_mask=mask)
+    real = mask.bool()
+    torch.testing.assert_close(seen[0][real], seen[1][real])
+    assert not torch.allclose(seen[0][~real], seen[1][~real])
+    assert torch.is_grad_enabled()
+    assert plain.n_tokens == int(mask.sum())
+
+
+def test_logits_that_wait_for_a_lower_threshold() -> None:
+    """Whatever the order of the batches, the lowest of all thresholds decides."""
+    logits = torch.randn(40, 6)
+    logits[33] -= 2.0
+    lowest = logits.topk(2, dim=1).values[:, -1].min()
+    reaches = logits >= lowest
+    expected = (logits * reaches).double().sum(0) / reaches.sum(0).clamp(min=1)
+    for order in (torch.arange(40), torch.arange(39, -1, -1)):
+        kept = AboveLowestThreshold(6)
+        for some in logits[order].split(7):
+            kept.add(some, 2)
+        torch.testing.assert_close(kept.means, expected)
+        assert torch.equal(kept.count, reaches.sum(0).double())
+    assert not reaches.all()
+
+
+def test_released_errors(model_of: Load) -> None:
+    tokens = torch.tensor([[5, 9, 7]])
+    with pytest.raises(
+        ValueError, match=r"as_released='gpt': .* 'olmoe', 'deepseek_v2', 'qwen2_moe', and none for 'gpt'"
+    ):
+        expert_metrics(model_of("olmoe"), tokens, as_released="gpt")
+    with pytest.raises(ValueError, match="none for 'mixtral'"):
+        expert_metrics(model_of("mixtral"), tokens, as_released=True)
+    with pytest.raises(
+        ValueError, match="released code has no metric 'random'; as_released has utilization_rate"
+    ):
+        expert_metrics(model_of("olmoe"), tokens, as_released=True, metrics=["random"])
+    with pytest.raises(ValueError, match="texts of 4 tokens or more"):
+        expert_metrics(model_of("qwen2_moe"), tokens, as_released=True)
