@@ -13,8 +13,9 @@ demo: $(VENV)/installed
 census: $(VENV)/installed
 	$(BIN)/moe-lens census mini --corpus bundled --dtype float32 --output census
 
+# A worker on each core; a file's tests stay together, and with them the checkpoints that they share.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
@@ -35,6 +36,7 @@ package: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/contributions.py
+	$(BIN)/python benchmarks/census.py
 	$(BIN)/python benchmarks/load_memory.py
 
 # torch first and pinned, so that nothing pulls another build of it.
