@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,6 +69,25 @@ def test_an_error_in_a_piece_comes_through_and_threads_are_restored(two_threads:
 
     with pytest.raises(FloatingPointError, match="M1E2"), all_cores(torch.device("cpu")) as cores:
         cores.submit(fail).result()
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_does_not_wait_for_what_has_yet_to_begin(two_threads: None) -> None:
+    begun: list[int] = []
+
+    def slow(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.05)
+
+    def interrupted() -> None:
+        with all_cores(torch.device("cpu")) as cores:
+            for number in range(40):
+                cores.submit(partial(slow, number))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(begun) < 10
     assert torch.get_num_threads() == 2
 
 

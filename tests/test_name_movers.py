@@ -120,6 +120,14 @@ def test_maps_are_the_score_variance_maps(mini: HookedMoE, movers: NameMovers) -
         )
 
 
+def test_repr_is_a_line(movers: NameMovers) -> None:
+    first = movers.to_frame().iloc[0]
+    assert f"{N} prompts at {movers.router}: {first['head']} does most, {first['effect']:+.3f} of" in repr(
+        movers
+    )
+    assert "\n" not in repr(movers)
+
+
 def test_frame(movers: NameMovers) -> None:
     frame = movers.to_frame()
     assert len(frame) == 40

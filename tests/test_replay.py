@@ -631,6 +631,35 @@ def test_models_with_hooks(model_of: Any, nothing_runs: Any) -> None:
         handle.remove()
         with pytest.raises(ValueError, match="an open intervene"), model.intervene(Ablate("M1E2")):
             start()
+        # Torch's own hooks on a layer: a branch begins at its slots, and would go past them.
+        for add in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+            handle = getattr(model.blocks[1].mlp, add)(lambda *_: None)
+            with pytest.raises(ValueError, match=r"without hooks, .*at blocks\.1\.mlp"):
+                start()
+            handle.remove()
+        handle = model.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="at HookedMoE"):
+            start()
+        handle.remove()
+
+
+def test_branches_on_a_device() -> None:
+    some = Branches(1, single_slots(4), torch.tensor([False, False, True, False]))
+    moved = some.to(torch.device("meta"))
+    assert moved.layer == 1
+    assert moved.shared_removed is not None
+    assert {moved.removed.device.type, moved.shared_removed.device.type} == {"meta"}
+
+
+def test_names_instead_of_tensors(model_of: Any) -> None:
+    clean = CleanRun.of(model_of("qwen2_moe"), prompts()[0][0])
+    assert (
+        repr(clean.moe(1))
+        == f"<MoEValues of layer 1: {len(clean.tokens)} tokens, 3 experts each and the shared ones>"
+    )
+    assert repr(Branches(1, single_slots(3))) == "<Branches: 3 of layer 1>"
+    shared = Branches(2, single_slots(3).repeat(5, 1, 1), torch.tensor([False, True, False]))
+    assert repr(shared) == "<Branches: 3 of layer 2 at each of 5 positions, 1 of the shared experts>"
 
 
 # --- NaN and infinity ---------------------------------------------------------------------------------------
@@ -651,6 +680,21 @@ def test_an_expert_of_nan_in_the_clean_run(hooked: Any, value: float) -> None:
         match=rf"the clean loss .* is nan \(from M1E{expert} of layer 1, position {1 + first}\)",
     ):
         CleanRun.of(model, tokens, mask)
+
+
+def test_a_null_branch_of_nan(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = CleanRun.of(model_of("olmoe"), prompts(length=6)[0][0])
+    module = importlib.import_module("moe_lens.interventions.replay")
+    read_outcomes = module.read_outcomes
+
+    def broken(*args: Any) -> dict[str, Tensor]:
+        read = read_outcomes(*args)
+        read["loss"][2, 0] = torch.nan  # the null branch comes first
+        return read
+
+    monkeypatch.setattr(module, "read_outcomes", broken)
+    with pytest.raises(FloatingPointError, match="loss is nan at position 2 in the null branch of layer 1"):
+        replay(clean, [Branches(1, single_slots(4))])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -205,6 +205,22 @@ def test_later_losses_of_several_slots_in_any_budget(hf: Any, model_of: Any) -> 
             torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=2e-5)
 
 
+def test_later_losses_count_the_keys_and_values_that_they_keep(
+    model_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the end of a long document there is little to run, and all of the past to hold for every branch."""
+    model = model_of("olmoe")
+    clean = CleanRun.of(model, prompts(length=60)[0][0])
+    values, removed = clean.moe(0), heaviest_slots(4)[[0] * 40]
+    width, runs = [], model.run_blocks
+    monkeypatch.setattr(model, "run_blocks", lambda x, *rest: width.append(len(x)) or runs(x, *rest))
+    kept = sum(of[layer].nbytes for of in (clean.keys, clean.values) for layer in (1, 2))
+    budget = 20 * kept
+    later_losses(clean, values, 58 - 1, removed, Change(), memory_budget=budget)
+    assert sum(width) == 40
+    assert max(width) * kept <= budget
+
+
 def test_later_losses_over_holes(model_of: Any) -> None:
     """Of the positions that have a next one; against full passes with the same mask."""
     for variant in ("deepseek_v2", "olmoe"):

@@ -155,14 +155,6 @@ def _at_one_token(
     if settings.shared:
         removed = torch.cat((removed, torch.zeros_like(removed[:1])))
         shared_removed = torch.arange(len(removed), device=rows.device) == k
-    kept: dict[int, MoEValues] = {}
-    wants_later = "later_loss" in settings.outcomes
-
-    def on_layer(values: MoEValues) -> None:
-        measured(values)
-        if wants_later:
-            kept[values.layer] = values
-
     branches = [Branches(layer, removed, shared_removed) for layer in settings.layers]
     result = replay(
         clean,
@@ -172,7 +164,7 @@ def _at_one_token(
         outcomes=settings.read,
         null_branch=settings.null_branch,
         memory_budget=settings.memory_budget,
-        on_layer=on_layer,
+        on_layer=measured,
     )
     for i, layer in enumerate(settings.layers):
         layers[layer]["gap_norm"] = result.gap_norm[i]
@@ -181,9 +173,11 @@ def _at_one_token(
             null = (result.null["loss"][i] - result.clean_loss)[:, None]
             layers[layer]["null_delta_loss"] = null.expand_as(result.gap_norm[i])
         layers[layer] |= _changes(clean, rows, settings.read, result, i)
-        if wants_later:
+        if "later_loss" in settings.outcomes:
+            # Computed once more, because those of all layers together are large.
+            values = clean.moe(layer)
             layers[layer]["delta_later_loss"] = torch.stack(
-                [_later(clean, kept[layer], row, removed, shared_removed, settings) for row in rows.tolist()]
+                [_later(clean, values, row, removed, shared_removed, settings) for row in rows.tolist()]
             )
 
 

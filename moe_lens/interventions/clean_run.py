@@ -49,6 +49,11 @@ class MoEValues:
     shared_out: Float[Tensor, "pos d_model"] | None
     shared_gate: Float[Tensor, " pos"]
 
+    def __repr__(self) -> str:
+        n_tokens, k = self.indices.shape
+        shared = "" if self.shared_out is None else " and the shared ones"
+        return f"<MoEValues of layer {self.layer}: {n_tokens} tokens, {k} experts each{shared}>"
+
 
 @dataclass(frozen=True, eq=False)
 class CleanRun:
@@ -193,11 +198,19 @@ class CleanRun:
 def require_no_hooks(model: HookedMoE) -> None:
     """A replay drives the layers with branches of tokens, whose shape no hook expects.
 
+    Torch's hooks on any module count as well as those on hook points: where branches begin, a layer's output is summed
+    anew from its slots, and a hook on the layer would not see it.
+
     Raises:
-        ValueError: hook points carry hooks, which are named; or observers (an open `intervene`).
+        ValueError: modules carry hooks, and are named; or observers (an open `intervene`).
     """
     hooked = [
-        name for name, point in model.hook_dict.items() if point._forward_hooks or point._forward_pre_hooks
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     ]
     if hooked or model.run_observers:
         raise ValueError(

@@ -158,7 +158,9 @@ def _check_room(
         elif isinstance(spec, Ablate) and spec.how == "reroute":
             # Slots of the choice: they are as many experts, whichever they are.
             n_slots = len(spec.ranks) if spec.ranks else sizes - len(spec.routed_at(layer))
-            n_unnamed = torch.where(places[i], torch.as_tensor(n_slots).clamp(min=0), n_unnamed)
+            n_unnamed = torch.where(
+                places[i], torch.as_tensor(n_slots, device=sizes.device).clamp(min=0), n_unnamed
+            )
     crowded = (forced.sum(dim=-1) > sizes).nonzero()
     if len(crowded):
         row, column = crowded[0].tolist()

@@ -53,6 +53,11 @@ def all_cores(device: torch.device) -> Iterator[Cores]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n) as pool:
-            yield Cores(n, pool)
+            try:
+                yield Cores(n, pool)
+            except BaseException:
+                # An interrupt or an error waits for what is at work, not for what has yet to begin.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(n)

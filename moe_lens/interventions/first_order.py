@@ -87,8 +87,9 @@ def direct(
     """What every slot, and the shared experts, add to the next token's logit beyond the mean logit; logits."""
     model = clean.model
     with torch.no_grad():
-        unembedding = model.unembed.weight.float()
-        wanted = unembedding[clean.next_tokens[rows]] - unembedding.mean(dim=0)
+        unembedding = model.unembed.weight
+        # Never all of it in float32: for a large vocabulary that is gigabytes.
+        wanted = unembedding[clean.next_tokens[rows]].float() - unembedding.mean(dim=0, dtype=torch.float32)
         scale = (clean.final[rows].float().square().mean(dim=-1, keepdim=True) + model.cfg.eps).sqrt()
         return _read(wanted * model.ln_final.w.float() / scale, values, rows)
 

@@ -104,6 +104,13 @@ class NameMovers:
     freeze: str
     null_change: float
 
+    def __repr__(self) -> str:
+        first = self.to_frame().iloc[0]
+        return (
+            f"<NameMovers of {self.n_prompts} prompts at {self.router}: {first['head']} does most, "
+            f"{first['effect']:+.3f} of {self.logit_difference:.3f} logits; freeze {self.freeze!r}>"
+        )
+
     def to_frame(self) -> pd.DataFrame:
         """A row for each head, the one that does most first.
 

@@ -102,9 +102,21 @@ class Branches:
     removed: Bool[Tensor, "branch k"] | Bool[Tensor, "pos branch k"]
     shared_removed: Bool[Tensor, " branch"] | None = None
 
+    def __repr__(self) -> str:
+        each = "" if self.removed.ndim == 2 else f" at each of {self.removed.shape[0]} positions"
+        shared = (
+            "" if self.shared_removed is None else f", {int(self.shared_removed.sum())} of the shared experts"
+        )
+        return f"<Branches: {self.n_branches} of layer {self.layer}{each}{shared}>"
+
     @property
     def n_branches(self) -> int:
         return self.removed.shape[-2]
+
+    def to(self, device: torch.device) -> Branches:
+        """The same on a device."""
+        shared = None if self.shared_removed is None else self.shared_removed.to(device)
+        return Branches(self.layer, self.removed.to(device), shared)
 
     def at(self, chosen: slice, n: int) -> Bool[Tensor, "n branch k"]:
         """The slots that are changed at a run of the replayed positions."""
@@ -177,6 +189,8 @@ def replay(
     """
     change = change or Change()
     rows = clean.has_next.nonzero()[:, 0] if rows is None else rows
+    device = clean.tokens.device
+    rows, branches = rows.to(device), [of.to(device) for of in branches]
     _check(clean, branches, rows, change)
     check_outcomes(outcomes, clean.model.cfg.d_vocab)
     parts: list[list[_Read]] = [[] for _ in branches]
@@ -372,6 +386,15 @@ def check_shared(model: HookedMoE, change: Change) -> None:
 
 
 def _require_finite(result: Replayed, branches: Sequence[Branches]) -> None:
+    for name, of_nulls in (result.null or {}).items():
+        for of, value in zip(branches, of_nulls, strict=True):
+            broken = (~value.isfinite()).nonzero()
+            if len(broken):
+                row = int(broken[0, 0])
+                raise FloatingPointError(
+                    f"{name} is {float(value[row])} at position {int(result.columns[row])} in the null branch of layer "
+                    f"{of.layer}, where nothing is changed"
+                )
     for name, of_branches in result.outcomes.items():
         for i, (of, value) in enumerate(zip(branches, of_branches, strict=True)):
             broken = (~value.isfinite()).nonzero()

@@ -127,7 +127,11 @@ def later_losses(
     later[: row + 1] = False
     if not bool(later.any()):
         return torch.full((len(removed),), torch.nan, device=removed.device)
-    at_once = max(1, memory_budget // (branch_bytes(model, n_tokens) * (n_tokens - row)))
+    # Every branch keeps its keys and values of all tokens, at all later layers.
+    kept = sum(
+        of[layer].nbytes for of in (clean.keys, clean.values) for layer in _later_layers(clean, values)
+    )
+    at_once = max(1, memory_budget // (branch_bytes(model, n_tokens) * (n_tokens - row) + kept))
     suffix = torch.arange(row, n_tokens, device=removed.device)
     nothing = torch.zeros(len(suffix), 1, removed.shape[1], dtype=torch.bool, device=removed.device)
     unchanged = starts(clean, values, suffix, nothing, Change()).streams[:, 0]
@@ -143,7 +147,7 @@ def later_losses(
             (len(part), len(suffix)),
             removed.device,
             positions=clean.columns[None, row:],
-            past=_clean_past(clean, row, len(part), values.layer + 1),
+            past=_clean_past(clean, row, len(part), _later_layers(clean, values)),
         )
         final = model.run_blocks(streams, attend, values.layer + 1)
         places = later.nonzero()[:, 0]
@@ -165,12 +169,16 @@ def later_losses(
     return torch.cat(changes)
 
 
-def _clean_past(clean: CleanRun, row: int, n_branches: int, first_layer: int) -> KeyValueCache | None:
+def _later_layers(clean: CleanRun, values: MoEValues) -> range:
+    return range(values.layer + 1, clean.model.cfg.n_layers)
+
+
+def _clean_past(clean: CleanRun, row: int, n_branches: int, layers: range) -> KeyValueCache | None:
     """The clean keys and values of the tokens before a row, for every branch."""
     if row == 0:
         return None
     past = KeyValueCache()
-    for layer in range(first_layer, clean.model.cfg.n_layers):
+    for layer in layers:
         past.layers[layer] = (
             repeat(clean.keys[layer][:row], "key kv d -> branch key kv d", branch=n_branches),
             repeat(clean.values[layer][:row], "key kv d -> branch key kv d", branch=n_branches),
