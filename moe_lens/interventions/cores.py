@@ -1,4 +1,4 @@
-"""Independent pieces of work on all cores of a CPU, each piece on one.
+"""Independent pieces of work on all cores of a CPU, side by side.
 
 A product of many small matrices gains less from a second core than two such products, side by side, each on its own.
 """
@@ -13,6 +13,9 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+
+# More pieces at once would leave each too little of the memory budget; of many cores, several work on a piece.
+_AT_ONCE = 8
 
 
 class Cores(Generic[T]):
@@ -42,15 +45,16 @@ def _without_gradients(work: Callable[[], T]) -> T:
 
 @contextmanager
 def all_cores(device: torch.device) -> Iterator[Cores]:
-    """As many pieces at once as torch may use threads, while each uses one; on other devices, one after the other.
+    """The threads that torch may use, divided among a few pieces at once; on other devices, one after the other.
 
-    Torch's number of threads is one meanwhile, for the whole process, and afterwards what it was.
+    Torch's number of threads is that of one piece meanwhile, for the whole process, and afterwards what it was.
     """
-    n = torch.get_num_threads() if device.type == "cpu" else 1
-    if n == 1:
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if n_threads == 1:
         yield Cores(1, None)
         return
-    torch.set_num_threads(1)
+    n = min(n_threads, _AT_ONCE)
+    torch.set_num_threads(n_threads // n)
     try:
         with ThreadPoolExecutor(n) as pool:
             try:
@@ -60,4 +64,4 @@ def all_cores(device: torch.device) -> Iterator[Cores]:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
-        torch.set_num_threads(n)
+        torch.set_num_threads(n_threads)
