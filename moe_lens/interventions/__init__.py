@@ -5,6 +5,18 @@ from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.expert_reference import ExpertReference, expert_reference
 from moe_lens.interventions.hooks import as_hooks, intervene, run_with_interventions
 from moe_lens.interventions.outcomes import LogitDifference
+from moe_lens.interventions.patching import (
+    AttributionPatching,
+    NameMovers,
+    PatchResults,
+    PathPatching,
+    activation_patch,
+    attribution_patch,
+    name_movers,
+    patch_hooks,
+    path_patch,
+    path_patching_hooks,
+)
 from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
 from moe_lens.interventions.replay import Branches, Change, Replayed, replay
 from moe_lens.interventions.routes import RouteExperiment, rank_swaps, silence, top_k_sensitivity
@@ -12,6 +24,7 @@ from moe_lens.interventions.spec import Ablate, ForbidExperts, ForceExperts, Rou
 
 __all__ = [
     "Ablate",
+    "AttributionPatching",
     "Branches",
     "Change",
     "CleanRun",
@@ -19,6 +32,9 @@ __all__ = [
     "ForbidExperts",
     "ForceExperts",
     "LogitDifference",
+    "NameMovers",
+    "PatchResults",
+    "PathPatching",
     "Receipt",
     "Replayed",
     "RouteExperiment",
@@ -26,10 +42,16 @@ __all__ = [
     "SwapRanks",
     "TopK",
     "UnfiredIntervention",
+    "activation_patch",
     "as_hooks",
+    "attribution_patch",
     "expert_reference",
     "heaviest_slots",
     "intervene",
+    "name_movers",
+    "patch_hooks",
+    "path_patch",
+    "path_patching_hooks",
     "rank_swaps",
     "replay",
     "run_with_interventions",
