@@ -112,6 +112,7 @@ def test_rows_come_back_in_order(place: Path | None) -> None:
     assert_same_frame(census.to_pandas(), want)
     assert_same_frame(census.to_pandas(layers=[2]), want[want.layer == 2].reset_index(drop=True))
     assert_same_frame(census.to_pandas(layers=3), want[want.layer == 3].reset_index(drop=True))
+    assert_same_frame(census.to_pandas(layers="M3"), want[want.layer == 3].reset_index(drop=True))
     assert_same_frame(census.to_pandas(layers=(3, 0, 3)), want[want.layer != 2].reset_index(drop=True))
     assert_same_frame(census.to_pandas(layers=np.array([0])), want[want.layer == 0].reset_index(drop=True))
     columns = ["kl", "position", "delta_loss"]
@@ -175,7 +176,8 @@ def test_a_census_of_nothing(place: Path | None) -> None:
         assert census.top().empty
         assert census.by_layer().empty
         assert list(census.by_rank().columns[:4]) == ["layer", "rank", "n_rows", "n_documents"]
-        assert repr(census) == f"<Census of tiny: 0 rows, {n_documents} documents, no layers>"
+        counted = "1 document" if n_documents == 1 else "0 documents"
+        assert repr(census) == f"<Census of tiny: 0 rows, {counted}, no layers>"
 
 
 def test_unknown_columns_and_layers(place: Path | None) -> None:

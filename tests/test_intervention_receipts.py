@@ -109,10 +109,10 @@ def test_receipts_can_be_read(model: Any, batch: Any) -> None:
     assert frame.intervention.tolist()[1:] == ["TopK(5, layers=(0, 2))"] * 2
     assert frame.intervention[0] == "Ablate('M1E6', inactive='allow', pos=<mask of 3 places>)"
     assert (
-        str(receipt).splitlines()[0]
-        == f"{receipt.fired} of {receipt.asked} changes fired in 1 forward pass(es)"
+        str(receipt).splitlines()[0] == f"{receipt.fired} of {receipt.asked} changes fired in 1 forward pass"
     )
     assert len(str(receipt).splitlines()) == 4
+    assert repr(receipt) == str(receipt)
 
 
 def test_what_did_not_fire_raises(model: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,17 +36,18 @@ from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_rows import dtypes_with
 from moe_lens.audit.census_table import Census, CensusWriter
 from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
+from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.branches import Change, How
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
 from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.first_order import require_gradients
 from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
+from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
-from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.runs import Corpus, Mask
 
 __all__ = ["Census", "LogitDifference", "census"]
@@ -57,7 +58,7 @@ def census(
     tokens_or_batches: Batches,
     *,
     attention_mask: Mask | None = None,
-    layers: Sequence[int] | int | None = None,
+    layers: Layers = None,
     how: How = "zero",
     scope: Scope = "token",
     reference: ExpertReference | None = None,
@@ -85,7 +86,7 @@ def census(
         tokens_or_batches: tokens `[batch, pos]`, one document a row; texts; or batches of (tokens, mask), a
             `TokenBatches` for one. All tokens are held in memory.
         attention_mask: of tokens given as one tensor: true where they are real.
-        layers: MoE layers; None is all.
+        layers: MoE layers, as 3 or `"M3"`; None is all.
         how: `zero`, `renormalize`, `reroute`, `mean` or `resample`; see `Ablate`.
         scope: `token`: the expert is changed at one position, and the loss is read there. `sequence`: it is changed
             wherever it is active in the document. These are different experiments.
@@ -169,7 +170,7 @@ def census(
 
 def _settings(
     model: HookedMoE,
-    layers: Sequence[int] | int | None,
+    layers: Layers,
     how: How,
     scope: Scope,
     reference: ExpertReference | None,
@@ -208,7 +209,7 @@ def _settings(
             f"reroute needs an expert to take the slot, and this model's routers choose all {eligible} that they may"
         )
     settings = Settings(
-        layers=check_receivers(model, [layers] if isinstance(layers, int) else layers),
+        layers=moe_layers_of(model.cfg, layers),
         change=change,
         scope=scope,
         shared=shared,

@@ -141,7 +141,7 @@ class CensusPlan:
             f"plan: {sum(self.ablations):,} ablations ({settings.change.how}, scope {settings.scope}) at "
             f"{len(settings.layers)} layers; {self.layer_tokens:,} tokens through a later layer and "
             f"{sum(self.ablations):,} predictions over {cfg.d_vocab:,} tokens; about "
-            f"{self.flops / 1e12:,.1f} TFLOP",
+            + (f"{self.flops / 1e12:,.1f} TFLOP" if self.flops > 1e12 else f"{self.flops / 1e9:,.1f} GFLOP"),
             f"memory: branches take up to {settings.memory_budget / 2**30:,.2f} GiB, "
             f"{branch_bytes(self.model, min(cfg.n_ctx, 512)) / 2**10:,.0f} KiB each at 512 tokens",
         ]

@@ -33,6 +33,7 @@ from moe_lens.audit.census_shards import (
     write_header,
 )
 from moe_lens.audit.census_summary import SUMMARISED, summary
+from moe_lens.interventions.arguments import Layers
 from moe_lens.routing.arguments import positive_integer
 
 __all__ = ["COLUMNS", "Census", "CensusWriter"]
@@ -315,8 +316,9 @@ class Census:
         of = f" of {self.provenance['model']}" if "model" in self.identity else ""
         extra = ", ".join(self.identity["extra_columns"])
         layers = f"layers {self.layers[0]} to {self.layers[-1]}" if self.layers else "no layers"
+        plural = "" if self.n_documents == 1 else "s"
         return (
-            f"<Census{of}: {len(self):,} rows, {self.n_documents:,} documents, {layers}"
+            f"<Census{of}: {len(self):,} rows, {self.n_documents:,} document{plural}, {layers}"
             f"{f'; with {extra}' if extra else ''}{'' if self.finished else '; not finished'}>"
         )
 
@@ -327,9 +329,7 @@ class Census:
 
     # ---- rows ----
 
-    def to_pandas(
-        self, columns: str | Sequence[str] | None = None, layers: int | Sequence[int] | None = None
-    ) -> pd.DataFrame:
+    def to_pandas(self, columns: str | Sequence[str] | None = None, layers: Layers = None) -> pd.DataFrame:
         """These columns (None: all) of the rows of these layers (None: all), in the types they are kept in. A shard
         is read at a time, and of that no more than is asked for.
 
@@ -340,9 +340,12 @@ class Census:
         wanted = None if layers is None else self._layers(layers)
         return _frame(self._arrays(names, wanted), self._n_rows(wanted))
 
-    def _layers(self, layers: int | Sequence[int]) -> list[int]:
-        several = [layers] if isinstance(layers, (int, np.integer)) else layers
-        wanted = [operator.index(layer) for layer in several]
+    def _layers(self, layers: int | str | Sequence[int | str]) -> list[int]:
+        several = [layers] if isinstance(layers, (int, np.integer, str)) else layers
+        named: dict[Any, int] = {f"M{layer}": layer for layer in self.layers}
+        wanted: list[Any] = [
+            named.get(one, one) if isinstance(one, str) else operator.index(one) for one in several
+        ]
         those_there(wanted, self.layers, "layer")
         return wanted
 

@@ -28,15 +28,16 @@ from tqdm import tqdm
 from moe_lens.audit.census_document import Settings
 from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_summary import clustered_mean
+from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.branches import Change, How, heaviest_slots
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
 from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.replay import Branches, replay
+from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
-from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.runs import Mask
 
 _DTYPES = {
@@ -102,7 +103,7 @@ def progressive(
     tokens_or_batches: Batches,
     *,
     attention_mask: Mask | None = None,
-    layers: Sequence[int] | int | None = None,
+    layers: Layers = None,
     how: How = "zero",
     reference: ExpertReference | None = None,
     seed: int = 0,
@@ -121,7 +122,7 @@ def progressive(
         tokens_or_batches: tokens `[batch, pos]`, one document a row; texts; or batches of (tokens, mask), a
             `TokenBatches` for one. All tokens are held in memory.
         attention_mask: of tokens given as one tensor: true where they are real.
-        layers: MoE layers; None is all.
+        layers: MoE layers, as 3 or `"M3"`; None is all.
         how: what becomes of the experts; see `Ablate`. `zero` is the source's.
         reference: what `mean` and `resample` read (`expert_reference(model, batches)`).
         seed: of `resample`'s draws and of the sample of positions.
@@ -138,7 +139,7 @@ def progressive(
     """
     require_no_hooks(model)
     settings = Settings(
-        layers=check_receivers(model, [layers] if isinstance(layers, int) else layers),
+        layers=moe_layers_of(model.cfg, layers),
         change=Change(how, reference, seed),
         scope="token",
         shared=False,

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens import ActivationCache
 
+from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.patch_sites import find_site
 from moe_lens.interventions.patcher import Metric, Patcher
 from moe_lens.interventions.positions import Positions
@@ -74,7 +75,7 @@ def patch_hooks(
     activation: str,
     *,
     over: Sequence[str] | str = (),
-    layers: Sequence[int] | int | None = None,
+    layers: Layers = None,
 ) -> list[str]:
     """The hook names that `activation_patch` reads from the clean cache: a `names_filter` for `run_with_cache`.
 
@@ -94,7 +95,7 @@ def activation_patch(
     over: Sequence[str] | str,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     clean_attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
-    layers: Sequence[int] | int | None = None,
+    layers: Layers = None,
     positions: Positions = None,
     verbose: bool = False,
 ) -> PatchResults:

@@ -1,10 +1,10 @@
-"""What the specs' arguments say: integers, and experts by name or by number."""
+"""What the specs' arguments say: integers, layers, and experts by name or by number."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,10 @@ from torch import Tensor
 
 from moe_lens.interventions.expert_outputs import SHARED
 
+Layers = int | str | Sequence[int | str] | None
+"""Layers as a caller gives them: 3, "M3", or several; None is all."""
+
+_LAYER = re.compile(r"M?([0-9]+)")
 _EXPERT = re.compile(r"M([0-9]+)(?:E([0-9]+)|S)")
 
 
@@ -58,6 +62,10 @@ def expert_names(given: Any, layers: tuple[int, ...] | None) -> tuple[ExpertName
             raise ValueError(f"experts {numbers} are numbers: say of which layers, or name them as 'M1E9'")
         if min(numbers) < SHARED:
             raise ValueError(f"there is no expert {min(numbers)}; -1 stands for the shared experts")
+        if min(layers) < 0:
+            raise ValueError(
+                f"layer {min(layers)} has no experts: layers are counted from 0, not from the end"
+            )
         named = tuple(ExpertName(layer, expert) for layer in layers for expert in numbers)
     if len(set(named)) < len(named):
         raise ValueError(f"an expert is named twice: {', '.join(map(str, named))}")
@@ -85,6 +93,28 @@ def integers(value: Any, name: str) -> tuple[int, ...]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{name}={numbers} has one twice")
     return numbers
+
+
+def layer_numbers(value: Any, name: str = "layers") -> tuple[int, ...]:
+    """One or more layers, by number or as `"M3"`, each once, as a tuple of numbers.
+
+    Args:
+        name: of the argument, for the error.
+
+    Raises:
+        ValueError: something else, none, or one that comes twice.
+    """
+
+    def number(item: Any) -> Any:
+        match = _LAYER.fullmatch(item) if isinstance(item, str) else None
+        return item if match is None else int(match[1])
+
+    items = _listed(value)
+    numbers = [number(item) for item in items]
+    if any(isinstance(item, str) for item in numbers):
+        raise ValueError(f"{name}={value!r} must be an integer or a name as 'M3', or several")
+    # As it was given, for the error.
+    return integers(value if numbers == list(items) else numbers, name)
 
 
 def integer(value: Any, name: str) -> int:

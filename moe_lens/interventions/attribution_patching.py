@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_lens.interventions.arguments import integers
+from moe_lens.interventions.arguments import Layers, layer_numbers
 from moe_lens.interventions.attribution_result import AttributionPatching
 from moe_lens.interventions.patch_sites import CONTRIBUTIONS, INDICES, MLP_OUT, find_site
 from moe_lens.interventions.patcher import Metric, Patcher, checked_metric
@@ -69,7 +69,7 @@ def attribution_patch(
     direction: Direction = "corrupted",
     by_position: bool = False,
     exact: int | Literal["all"] | None = 10,
-    layers: Sequence[int] | int | None = None,
+    layers: Layers = None,
     positions: Positions = None,
     seed: int = 0,
     verbose: bool = False,
@@ -173,12 +173,10 @@ def attribution_patch(
     return result
 
 
-def _senders(
-    model: HookedMoE, kinds: Sequence[SenderKind], layers: Sequence[int] | int | None
-) -> list[_Sender]:
+def _senders(model: HookedMoE, kinds: Sequence[SenderKind], layers: Layers) -> list[_Sender]:
     """All senders of some kinds in some layers, in the order in which they write."""
     n_layers = model.cfg.n_layers
-    chosen = range(n_layers) if layers is None else integers(layers, "layers")
+    chosen = range(n_layers) if layers is None else layer_numbers(layers)
     for layer in chosen:
         if not 0 <= layer < n_layers:
             raise ValueError(f"layer {layer} is not among this model's, 0 to {n_layers - 1}")

@@ -89,10 +89,16 @@ class CleanRun:
         """Run one document. Padding, wherever it lies, is left out; the real tokens keep their positions.
 
         Raises:
-            ValueError: the model carries hooks (a replay does not pass through them); no real token.
+            ValueError: the model carries hooks (a replay does not pass through them); tokens of no document or of
+                several; no real token.
             FloatingPointError: the loss is NaN or infinite at a token, which is named.
         """
         require_no_hooks(model)
+        if not isinstance(tokens, Tensor) or tokens.ndim != 1:
+            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(
+                f"a clean run is of one document: tokens [pos], such as model.to_tokens(text)[0], not {got}"
+            )
         checked, checked_mask = model.tokens_and_mask(tokens[None], None if mask is None else mask[None])
         row = checked[0]
         columns = torch.arange(len(row), device=row.device)
@@ -114,6 +120,9 @@ class CleanRun:
         clean = cls(model, row, columns, **kept, final=final[0], loss=loss)
         clean._require_finite()
         return clean
+
+    def __repr__(self) -> str:
+        return f"<CleanRun of {self.model.cfg.model_name}: {len(self.tokens)} tokens>"
 
     @property
     def has_next(self) -> Bool[Tensor, " pos"]:

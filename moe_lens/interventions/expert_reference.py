@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.expert_outputs import SHARED, LayerOutputs
 from moe_lens.interventions.token_hashes import FOR_DRAW, hash_of, prefix_hashes
 from moe_lens.model.hooked_moe import HookedMoE
@@ -73,6 +74,15 @@ class ExpertReference:
     sample_prefix: dict[int, Int[Tensor, "expert sample"]]
     n_samples: dict[int, Int[Tensor, " expert"]]
     provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        samples = max(array.shape[1] for array in self.sample_prefix.values())
+        shared = " and the shared ones" if self.has_shared else ""
+        return (
+            f"<ExpertReference of {self.provenance.get('model', '?')}: {self.n_experts} experts{shared} of layers "
+            f"{', '.join(map(str, self.layers))}; up to {samples} samples each, from "
+            f"{self.provenance.get('n_tokens', '?')} tokens>"
+        )
 
     def mean_output(self, layer: int, experts: Int[Tensor, "*place"]) -> Float[Tensor, "*place d_model"]:
         """The mean output of an expert for every place, in float32 on the device of `experts`.
@@ -208,7 +218,7 @@ def expert_reference(
     batches_or_texts: Batches,
     *,
     attention_mask: Mask | None = None,
-    layers: Sequence[int] | int | None = None,
+    layers: Layers = None,
     n_samples: int = 16,
     seed: int = 0,
     batch_size: int = 8,
@@ -284,10 +294,14 @@ def expert_reference(
     )
 
 
-def _moe_layers(model: HookedMoE, layers: Sequence[int] | int | None) -> tuple[int, ...]:
+def _moe_layers(model: HookedMoE, layers: Layers) -> tuple[int, ...]:
     there = model.cfg.moe_layers
     asked = there if layers is None else layers
-    chosen = tuple(asked) if isinstance(asked, Iterable) else (asked,)
+    named = {f"M{layer}": layer for layer in there}
+    listed = tuple(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else (asked,)
+    chosen: tuple[Any, ...] = tuple(
+        named.get(layer, layer) if isinstance(layer, str) else layer for layer in listed
+    )
     wrong = [layer for layer in chosen if isinstance(layer, bool) or layer not in there]
     if wrong or not chosen:
         problem = f"layer {wrong[0]!r} is no MoE layer" if wrong else "there is no MoE layer to gather"

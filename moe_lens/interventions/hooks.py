@@ -41,6 +41,10 @@ class Interventions:
         if not specs:
             raise ValueError("there is no intervention; give one or more specs")
         for spec in specs:
+            if isinstance(spec, list | tuple):
+                raise TypeError(
+                    f"{spec!r} are several interventions; give each as an argument of its own, *specs"
+                )
             if not isinstance(spec, _KINDS):
                 raise TypeError(
                     f"{spec!r} is no intervention; there are {', '.join(kind.__name__ for kind in _KINDS)}"
@@ -226,7 +230,7 @@ def run_with_interventions(
         ValueError: what makes no sense in this model or for these tokens, before the model runs.
         UnfiredIntervention: not everything that was asked for happened.
     """
-    specs = [specs] if isinstance(specs, Spec) else list(specs)
+    specs = [specs] if isinstance(specs, Spec | str) else list(specs)  # type: ignore[list-item]
     with intervene(model, *specs) as receipt:
         return model(tokens_or_text, **forward_arguments), receipt
 

@@ -13,7 +13,7 @@ Source: Wang et al. 2023, "Interpretability in the Wild: a Circuit for Indirect 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -159,7 +159,12 @@ def name_movers(
         ValueError: no prompts; not one corrupted prompt for each; a prompt that differs from its corrupted one in more
             than three tokens, or another name that is not one token; no such MoE layer.
     """
+    if not isinstance(prompts, Iterable) or isinstance(prompts, str):
+        raise ValueError(f"prompts={prompts!r} must be prompts of `indirect_object_prompts`")
     prompts = list(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, IndirectObjectPrompt):
+            raise ValueError(f"{prompt!r} is no prompt of `indirect_object_prompts`")
     corrupted = corrupted_prompts(prompts) if corrupted is None else list(corrupted)
     if not prompts:
         raise ValueError("there are no prompts")

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_lens.interventions.arguments import integer
 from moe_lens.interventions.clean_run import CleanRun
 
 
@@ -24,13 +25,22 @@ class LogitDifference:
     """logit(correct) - logit(incorrect) at the position, in logits.
 
     Attributes:
-        correct, incorrect: token ids.
+        correct, incorrect: token ids (`model.to_single_token(" Mary")`).
         name: of the column.
     """
 
     correct: int
     incorrect: int
     name: str = "logit_difference"
+
+    def __post_init__(self) -> None:
+        for field in ("correct", "incorrect"):
+            token = getattr(self, field)
+            if isinstance(token, str):
+                raise ValueError(
+                    f"{field}={token!r} is text, and a token's id is wanted; model.to_single_token({token!r}) has it"
+                )
+            object.__setattr__(self, field, integer(token, field))
 
     def check(self, d_vocab: int) -> None:
         """Raises:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.interventions.arguments import integers
+from moe_lens.interventions.arguments import Layers, layer_numbers
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import few
 
@@ -83,9 +83,7 @@ class Site:
         return [self.name(layer, kind) for layer in self.layers or (None,) for kind in kinds]
 
 
-def find_site(
-    model: HookedMoE, activation: str, over: Sequence[str] | str, layers: Sequence[int] | int | None = None
-) -> Site:
+def find_site(model: HookedMoE, activation: str, over: Sequence[str] | str, layers: Layers = None) -> Site:
     """The points of a kind, after names, layers and axes were found to be there.
 
     Raises:
@@ -105,7 +103,11 @@ def find_site(
                 f"activation={activation!r} names the point of one layer; give activation={inside[2]!r} and "
                 f"layers=[{inside[1]}]"
             )
-        nearest = difflib.get_close_matches(str(activation), layers_with, n=3, cutoff=0.3)
+        # TransformerLens's short names (`z`, `resid_pre`) are the ends of these.
+        nearest = [name for name in layers_with if name.endswith(f"hook_{activation}")]
+        nearest += (
+            difflib.get_close_matches(str(activation), layers_with, n=3, cutoff=0.3) if not nearest else []
+        )
         raise ValueError(
             f"activation={activation!r} is no hook point within a block of {model.cfg.model_name}, and no global one; "
             f"nearest are {', '.join(nearest) or few(sorted(layers_with))}"
@@ -134,7 +136,7 @@ def find_site(
     return Site(activation, found, axes, over)
 
 
-def _layers(activation: str, there: list[int], asked: Sequence[int] | int | None) -> tuple[int, ...] | None:
+def _layers(activation: str, there: list[int], asked: Layers) -> tuple[int, ...] | None:
     if not there:
         if asked is not None:
             raise ValueError(
@@ -143,7 +145,7 @@ def _layers(activation: str, there: list[int], asked: Sequence[int] | int | None
         return None
     if asked is None:
         return tuple(there)
-    chosen = integers(asked, "layers")
+    chosen = layer_numbers(asked)
     for layer in chosen:
         if layer not in there:
             raise ValueError(f"layer {layer} has no {activation}; the layers that have it: {few(there)}")

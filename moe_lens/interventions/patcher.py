@@ -71,6 +71,11 @@ class Patcher:
         positions: Positions,
     ) -> Patcher:
         """See `activation_patch`."""
+        if not isinstance(clean_cache, ActivationCache | Mapping):
+            raise TypeError(
+                f"clean_cache is what model.run_with_cache(clean_tokens) returns beside the logits, not "
+                f"{type(clean_cache).__name__}"
+            )
         tokens, mask = model.tokens_and_mask(tokens_or_text, attention_mask)
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if clean_attention_mask is not None:

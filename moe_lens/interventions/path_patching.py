@@ -51,7 +51,7 @@ _LOGITS_AT_ONCE, _MOST_PAIRS = 2**26, 4096
 
 
 def path_patching_hooks(
-    model: HookedMoE, senders: str | Sequence[str], receiver: str | Sequence[str] = LOGITS
+    model: HookedMoE, senders: str | Sequence[str], receiver: str | int | Sequence[str | int] = LOGITS
 ) -> list[str]:
     """The hook names that `path_patch` reads of the corrupted run: a `names_filter` for its cache.
 
@@ -69,7 +69,7 @@ def path_patch(
     corrupted_cache_or_tokens: ActivationCache | Mapping[str, Tensor] | Tokens,
     senders: str | Sequence[str],
     *,
-    receiver: str | Sequence[str] = LOGITS,
+    receiver: str | int | Sequence[str | int] = LOGITS,
     freeze: Freeze = "attention",
     positions: Positions = None,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
@@ -90,7 +90,7 @@ def path_patch(
             least `path_patching_hooks`.
         senders: a name (`A2H1`, `A2`, `M1E9`, `M1S`, `M1`, `embed`), several, or all of a kind that come before the
             receiver: `"heads"`, `"experts"`, `"layers"`.
-        receiver: `"logits"`; a router by its layer (`"M3"`); or several of these.
+        receiver: `"logits"`; a router by its layer (`"M3"`, or 3); or several of these.
         freeze: what lies between; see above.
         positions: where the output is replaced: a column of every row (negative from the end of the batch's columns),
             one for each row, or a bool mask `[batch, pos]`; None is every real token. Padding raises.
@@ -113,9 +113,8 @@ def path_patch(
     receivers = _checked_receivers(model, receiver)
     chosen = senders_of(model.cfg, senders, receivers)
     if (metric is not None) != (LOGITS in receivers):
-        raise ValueError(
-            f"metric= is a function of the logits and goes with receiver='logits'; the receiver is {receiver!r}"
-        )
+        said = "needs" if metric is None else "does not go with"
+        raise ValueError(f"receiver={receiver!r} {said} metric=, which is a function of the logits")
     require_no_hooks(model)
     tokens, mask = model.tokens_and_mask(tokens, attention_mask)
     at = patched_places(positions, real_tokens(tokens, mask))
@@ -136,11 +135,12 @@ def path_patch(
 # ---- input ----
 
 
-def _checked_receivers(model: HookedMoE, receiver: str | Sequence[str]) -> tuple[str, ...]:
+def _checked_receivers(model: HookedMoE, receiver: str | int | Sequence[str | int]) -> tuple[str, ...]:
     """Raises:
     ValueError: no such receiver, one that comes twice, or none.
     """
-    names = (receiver,) if isinstance(receiver, str) else tuple(receiver)
+    given = (receiver,) if isinstance(receiver, str | int) else tuple(receiver)
+    names = tuple(f"M{name}" if isinstance(name, int) else name for name in given)
     there = (LOGITS, *(f"M{layer}" for layer in model.cfg.moe_layers))
     for name in names:
         if name not in there:

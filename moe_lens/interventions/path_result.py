@@ -33,7 +33,9 @@ class RouterChange(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PathPatching:
-    """Attributes:
+    """The effect of each sender on each receiver; `to_frame()` is a table of it.
+
+    Attributes:
     senders: their names.
     receivers: `logits`, `M3`, ...
     freeze: the rule for what lay between.
@@ -59,6 +61,13 @@ class PathPatching:
     routers: dict[str, RouterChange]
     router_logit_changes: dict[str, Float[Tensor, "sender batch pos expert"]] = field(repr=False)
     null_change: float
+
+    def __repr__(self) -> str:
+        senders = self.senders[0] if len(self.senders) == 1 else f"{len(self.senders)} senders"
+        return (
+            f"<PathPatching of {senders} to {', '.join(self.receivers)} at {int(self.positions.sum())} positions, "
+            f"freeze {self.freeze!r}; rounding {self.null_change:.1g}>"
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """A row for every sender and receiver that it reaches.

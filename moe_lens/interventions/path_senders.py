@@ -154,7 +154,9 @@ def parse_sender(cfg: MoEConfig, name: str) -> Sender:
     sender = None if match is None else _sender(match)
     # By the name that it would have: `A01` is none.
     if sender is None or sender.name != name or not _exists(cfg, sender):
-        raise ValueError(f"there is no sender {name!r}; {_what_there_is(cfg)}")
+        raise ValueError(
+            f"there is no sender {name!r}; {_what_there_is(cfg)}, and all of a kind: {', '.join(map(repr, KINDS))}"
+        )
     return sender
 
 

@@ -92,6 +92,11 @@ def places_of(pos: Pos, real: Bool[Tensor, "batch pos"], name: str = "pos") -> B
             row, column = padding[0].tolist()
             raise ValueError(f"row {row}: position {column} of the mask {name} is padding")
         return mask
+    if isinstance(pos, tuple) and len(pos) != len(real):
+        raise ValueError(
+            f"{name}={pos} has {len(pos)} columns for {len(real)} rows: give one for all, or one for each; several "
+            f"columns of a row are a bool mask [batch, pos]"
+        )
     columns = position_columns(pos, "pos", real)  # type: ignore[arg-type]
     return torch.zeros_like(real).scatter(1, columns[:, None], True)
 
@@ -103,11 +108,6 @@ def patched_places(positions: Positions, real: Bool[Tensor, "batch pos"]) -> Boo
         ValueError: as `as_position` and `places_of`.
     """
     pos = as_position(positions, "positions")
-    if isinstance(pos, tuple) and not is_mask(pos) and len(pos) != len(real):
-        raise ValueError(
-            f"positions={pos} has {len(pos)} columns for {len(real)} rows: give one for all, or one for each; several "
-            f"columns of a row are a bool mask [batch, pos]"
-        )
     return places_of(pos, real, "positions")
 
 

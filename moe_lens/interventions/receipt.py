@@ -33,7 +33,7 @@ class Fired:
 Counts = tuple[int, dict[tuple[int, int], tuple[int, int]]]
 
 
-@dataclass
+@dataclass(repr=False)
 class Receipt:
     """A line for every spec and layer; `print` it, or `to_frame()`.
 
@@ -99,8 +99,11 @@ class Receipt:
         return pd.DataFrame(rows, columns=["intervention", "layer", "asked", "fired"])
 
     def __str__(self) -> str:
-        lines = [f"{self.fired} of {self.asked} changes fired in {self.n_runs} forward pass(es)"]
+        passes = f"{self.n_runs} forward pass{'' if self.n_runs == 1 else 'es'}"
+        lines = [f"{self.fired} of {self.asked} changes fired in {passes}"]
         lines += [
             f"  layer {line.layer}: {line.fired} of {line.asked}  {line.spec}" for line in self.lines.values()
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__

@@ -145,6 +145,13 @@ class Replayed:
     experts: list[Int[Tensor, "n k"]]
     null: dict[str, list[Float[Tensor, " n"]]] | None
 
+    def __repr__(self) -> str:
+        branches = sum(loss.shape[1] for loss in self.loss)
+        return (
+            f"<Replayed: {branches} branches of {len(self.loss)} Branches at {len(self.columns)} positions; "
+            f"{', '.join(self.outcomes)}>"
+        )
+
     @property
     def loss(self) -> list[Float[Tensor, "n branch"]]:
         return self.outcomes["loss"]
@@ -159,7 +166,7 @@ class Replayed:
 @torch.no_grad()
 def replay(
     clean: CleanRun,
-    branches: Sequence[Branches],
+    branches: Branches | Sequence[Branches],
     *,
     rows: Int[Tensor, " n"] | None = None,
     change: Change | None = None,
@@ -172,7 +179,7 @@ def replay(
 
     Args:
         clean: the document (`CleanRun.of(model, tokens)`).
-        branches: what is changed, at one MoE layer each; any number, in any order.
+        branches: what is changed, at one MoE layer each; one or any number, in any order.
         rows: at which tokens, as places among the document's real ones; None is all that have a next token.
         change: how the removed slots are changed; None is `Change("zero")`.
         outcomes: what is read beside the loss: `"kl"`, or `LogitDifference`s.
@@ -188,6 +195,7 @@ def replay(
         FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
     """
     change = change or Change()
+    branches = [branches] if isinstance(branches, Branches) else list(branches)
     rows = clean.has_next.nonzero()[:, 0] if rows is None else rows
     device = clean.tokens.device
     rows, branches = rows.to(device), [of.to(device) for of in branches]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from moe_lens.interventions.arguments import integer, parse_expert
+from moe_lens.interventions.arguments import Layers, integer, layer_numbers, parse_expert
 from moe_lens.interventions.receipt import UnfiredIntervention
 from moe_lens.interventions.route_experiment import RouteCondition, RouteExperiment
 from moe_lens.interventions.route_runs import Condition, RouteSettings, run_conditions
@@ -25,8 +25,6 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.contributions import Batches
 
 __all__ = ["RouteCondition", "RouteExperiment", "rank_swaps", "silence", "top_k_sensitivity"]
-
-Layers = int | Sequence[int] | None
 
 
 def top_k_sensitivity(
@@ -160,7 +158,7 @@ def silence(model: HookedMoE, batches: Batches, expert: str, **settings: Any) ->
 
 
 def _layers(layers: Layers) -> Any:
-    return layers if layers is None or isinstance(layers, int) else tuple(layers)
+    return None if layers is None else layer_numbers(layers)
 
 
 def _require_distinct(conditions: Sequence[Condition], name: str) -> None:

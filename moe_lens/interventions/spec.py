@@ -16,14 +16,13 @@ there raises before anything runs.
 
 from __future__ import annotations
 
-import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 
 from moe_lens.config import MoEConfig
-from moe_lens.interventions.arguments import integer, integers
+from moe_lens.interventions.arguments import integer, integers, layer_numbers
 from moe_lens.interventions.branches import Change, How
 from moe_lens.interventions.expert_reference import SHARED, ExpertReference
 from moe_lens.interventions.spec_base import Inactive, NamedExperts, Spec, check_inactive, check_layer
@@ -240,7 +239,7 @@ class RouterOnly(Spec):
         if self.layers is not None:
             raise ValueError("RouterOnly acts on receivers=; it has no other layers")
         if self.receivers is not None:
-            self._set("receivers", integers(_layer_numbers(self.receivers), "receivers"))
+            self._set("receivers", layer_numbers(self.receivers, "receivers"))
         if not isinstance(self.hold_outputs, bool):
             raise ValueError(f"hold_outputs={self.hold_outputs!r} must be True or False")
         check_inactive(self.inactive)
@@ -275,13 +274,3 @@ class RouterOnly(Spec):
                     f"the router of layer {layer} comes before {self.sender}, which it cannot read"
                 )
         return self.receivers
-
-
-def _layer_numbers(given: Any) -> Any:
-    """Layers named `"M3"` as their numbers; all else as it is."""
-
-    def number(item: Any) -> Any:
-        match = re.fullmatch(r"M?([0-9]+)", item) if isinstance(item, str) else None
-        return item if match is None else int(match[1])
-
-    return [number(item) for item in given] if isinstance(given, list | tuple) else number(given)

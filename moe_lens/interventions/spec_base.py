@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe_lens.config import MoEConfig
-from moe_lens.interventions.arguments import ExpertName, expert_names, integers, parse_expert
+from moe_lens.interventions.arguments import ExpertName, expert_names, layer_numbers, parse_expert
 from moe_lens.interventions.expert_reference import SHARED, ExpertReference
 from moe_lens.interventions.positions import Pos, as_position, is_mask, places_of
 from moe_lens.model.hooked_moe import HookedMoE
@@ -22,17 +22,18 @@ class Spec:
     """What all interventions have in common: layers and positions.
 
     Attributes:
-        layers: MoE layers; None is those that the experts' names give, and for what names none, every MoE layer.
+        layers: MoE layers, as 3 or `"M3"`; None is those that the experts' names give, and for what names none, every
+            MoE layer.
         pos: columns; None is every real token. See `Pos`.
     """
 
     _: KW_ONLY
-    layers: int | tuple[int, ...] | None = None
+    layers: Any = None
     pos: Pos = None
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            self._set("layers", integers(self.layers, "layers"))
+            self._set("layers", layer_numbers(self.layers))
         self._set("pos", as_position(self.pos))
 
     def _set(self, name: str, value: Any) -> None:
@@ -165,6 +166,18 @@ def check_layer(cfg: MoEConfig, layer: int) -> None:
         raise ValueError(
             f"layer {layer} has no experts; MoE layers are {', '.join(map(str, cfg.moe_layers))}"
         )
+
+
+def moe_layers_of(cfg: MoEConfig, layers: Any) -> tuple[int, ...]:
+    """Those asked for, rising, None being every MoE layer.
+
+    Raises:
+        ValueError: one that has no experts, or comes twice.
+    """
+    chosen = cfg.moe_layers if layers is None else tuple(sorted(layer_numbers(layers)))
+    for layer in chosen:
+        check_layer(cfg, layer)
+    return chosen
 
 
 def check_inactive(inactive: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -194,7 +194,12 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
                 if isinstance(tokens, Tensor)
                 else type(tokens).__name__
             )
-            raise ValueError(f"tokens must be integers [batch, pos] (or text), not {described}")
+            hint = (
+                "; give its 'input_ids', and its 'attention_mask' as attention_mask="
+                if isinstance(tokens, Mapping)
+                else ""
+            )
+            raise ValueError(f"tokens must be integers [batch, pos] (or text), not {described}{hint}")
         tokens = (tokens if tokens.ndim == 2 else tokens[None]).to(self.cfg.device, torch.long)
         if tokens.numel() == 0:
             raise ValueError(f"there are no tokens: shape {tuple(tokens.shape)}")

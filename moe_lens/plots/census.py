@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from plotly.colors import sample_colorscale
 
 from moe_lens.audit.census_table import Census
+from moe_lens.interventions.arguments import Layers, layer_numbers
 from moe_lens.plots.style import (
     CATEGORIES,
     INK,
@@ -121,7 +122,7 @@ def census_lines(
 
 
 def loss_change_distribution(
-    census: Census | pd.DataFrame, *, by: By = "rank", layers: int | Sequence[int] | None = None
+    census: Census | pd.DataFrame, *, by: By = "rank", layers: Layers = None
 ) -> go.Figure:
     """How the changes of the loss are distributed: the share of ablations in bins of equal width on an axis that is
     about linear within 0.001 nats of zero and logarithmic beyond, with a line for each rank or layer. A bin is a tenth
@@ -224,9 +225,9 @@ def _summary_of(census: Census | pd.DataFrame, column: str, by: str) -> Table:
     return {name: values[order] for name, values in table.items()}
 
 
-def _rows(census: Census | pd.DataFrame, layers: int | Sequence[int] | None) -> Iterator[Table]:
+def _rows(census: Census | pd.DataFrame, layers: Layers) -> Iterator[Table]:
     """The rows, a layer at a time where they come from the disk."""
-    wanted = None if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    wanted = None if layers is None else list(layer_numbers(layers))
     if isinstance(census, Census):
         names = ["document", "layer", "rank", "delta_loss"]
         for layer in census.layers if wanted is None else wanted:

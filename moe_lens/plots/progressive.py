@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -11,6 +9,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from moe_lens.audit.progressive import Progressive
+from moe_lens.interventions.arguments import Layers, layer_numbers
 from moe_lens.plots.style import (
     MUTED,
     SEQUENTIAL,
@@ -36,9 +35,7 @@ _NEEDED = (
 )
 
 
-def progressive_lines(
-    progressive: Progressive | pd.DataFrame, *, layers: int | Sequence[int] | None = None
-) -> go.Figure:
+def progressive_lines(progressive: Progressive | pd.DataFrame, *, layers: Layers = None) -> go.Figure:
     """The change of the loss against k, how many of the heaviest experts are gone: a line for each layer, later ones
     darker. On the left the mean over tokens, with standard errors clustered by document; on the right the 95th
     percentile, which says whether a mean is that of a minority of tokens.
@@ -60,7 +57,7 @@ def progressive_lines(
     there = np.unique(frame["layer"].to_numpy()).tolist()
     if not there:
         raise ValueError("there are no rows to show")
-    wanted = there if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    wanted = there if layers is None else list(layer_numbers(layers))
     for layer in wanted:
         if layer not in there:
             raise ValueError(f"there is no layer {layer!r}; there are {', '.join(map(str, there))}")

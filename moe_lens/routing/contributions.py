@@ -9,7 +9,7 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -171,6 +171,11 @@ def corpus_of(model: HookedMoE, given: Batches, mask: Mask | None, batch_size: i
         )
     if isinstance(given, TokenBatches):
         return Corpus(given, True, given.description)
+    if isinstance(given, Mapping):
+        raise ValueError(
+            f"texts, tokens or batches of tokens are wanted, not {type(given).__name__}; of a tokenizer's output give "
+            f"the 'input_ids', and the 'attention_mask' as attention_mask="
+        )
     if not isinstance(given, Iterable):
         raise ValueError(f"texts, tokens or batches of tokens are wanted, not {type(given).__name__}")
     return Corpus(given, iter(given) is not given, "batches of tokens given by the caller")

@@ -262,5 +262,6 @@ def position_columns(given: Positions, name: str, real: Bool[Tensor, "batch pos"
         if not -n_columns <= column < n_columns:
             raise ValueError(f"row {row}: there is no position {column} among {n_columns}")
         if not bool(real[row, column]):
-            raise ValueError(f"row {row}: the {name} position {column} is padding")
+            advice = "" if isinstance(listed, Sequence) else "; give one for each row"
+            raise ValueError(f"row {row}: the {name} position {column} is padding{advice}")
     return torch.tensor([column % n_columns for column in columns], device=real.device)
