@@ -26,7 +26,7 @@ CENSUS_CSS = """
 """
 """The look of `census_section`, beyond what all pages share."""
 
-UNITS = {"kl": "nats", "delta_later_loss": "nats", "first_order": "nats", "null_delta_loss": "nats"}
+UNITS = {"kl": "nats", "delta_later_loss": "nats", "first_order": "nats"}
 """Of the columns that are not in logits."""
 
 _HOW = {
@@ -235,7 +235,8 @@ def _mean(frame: Any) -> float:
 
 def _other_columns(census: Census) -> str:
     """What was measured beside the loss: its mean at each layer, and how it goes with the change of the loss."""
-    names = list(census.identity["extra_columns"])
+    # The null branch's change is noise, which the noise floor is about.
+    names = [name for name in census.identity["extra_columns"] if name != "null_delta_loss"]
     if not names:
         return ""
     head = ["layer"]
