@@ -1,8 +1,8 @@
 """Patching: activations from another run put into this one; along all paths, along chosen paths, or by gradient.
 
-    activation_patch     a hook's value from the clean run, for every layer, position, head, expert: exact, a run each
-    path_patch           a sender's output, with everything between it and the receiver held by a named rule
-    attribution_patch    gradient times difference, all heads and experts at once, with its error
+activation_patch     a hook's value from the clean run, for every layer, position, head, expert: exact, a run each
+path_patch           a sender's output, with everything between it and the receiver held by a named rule
+attribution_patch    gradient times difference, all heads and experts at once, with its error
 """
 
 from moe_lens.interventions.activation_patching import PatchResults, activation_patch, patch_hooks
