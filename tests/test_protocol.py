@@ -292,6 +292,12 @@ def test_the_smallest_effect_and_alpha_are_passed_on() -> None:
     assert (wide.cells["d_high"] < usual.cells["d_high"]).all()
     assert (wide.cells["detectable_d"] < usual.cells["detectable_d"]).all()
     assert (wide.cells["verdict"] == "equivalent").all()
+    lenient = audit(census, table, alpha=0.9)
+    assert usual.cells["p_tost"].tolist() == lenient.cells["p_tost"].tolist()
+    changed = usual.cells["p_tost"].between(0.06, 0.89)
+    assert changed.any()
+    assert (lenient.cells["verdict"][changed] == "equivalent").all()
+    assert (usual.cells["verdict"][changed] != "equivalent").all()
 
 
 def test_losses_that_do_not_change() -> None:

@@ -267,9 +267,9 @@ def _beyond(rows: LayerRows, order: Order, loss_order: Order) -> Beyond:
     kendall = concordance[varies] / np.sqrt(untied[varies])
     lowest = order.below == 0
     of_lowest = _sums(delta_loss, lowest) / lowest.sum(axis=0)
-    of_random = delta_loss.mean(axis=0)
-    # Where all tie, both are the mean of the same numbers, and rounding is no gain.
-    gain = np.where(lowest.all(axis=0), 0.0, of_random - of_lowest)
+    # Summed in the same order, so that where all tie, rounding is no gain.
+    of_random = _sums(delta_loss, np.ones_like(lowest)) / rows.k
+    gain = of_random - of_lowest
     some = len(document) > 0
     return Beyond(
         spearman=Mean.of(spearman, document[varies]),
