@@ -86,7 +86,7 @@ def with_own_hook_points(module: Module) -> Module:
     twin = copy.copy(module)
     twin._modules = {
         name: HookPoint(
-            child.pos_dim, shares_memory=child.shares_memory, may_change_shape=child.may_change_shape
+            child.pos_dim or 1, shares_memory=child.shares_memory, may_change_shape=child.may_change_shape
         )
         if isinstance(child, HookPoint)
         else child
