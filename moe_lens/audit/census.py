@@ -102,7 +102,9 @@ def census(
             `moe_lens.interventions.first_order`.
         output: a folder for a parquet dataset, written as it goes. A killed run goes on from it with the same call,
             and gives the same numbers.
-        memory_budget: bytes for the branches at work; see `benchmarks/census.py` for what it buys.
+        memory_budget: bytes for the branches at work. It divides the work, and so the rounding: a run is gone on with
+            under the same budget only. The number of torch's threads divides it too and is not checked: with another
+            one, a resumed run may differ in the last bits.
         noise_samples: in half precision, how many ablations are repeated by hooked full forward passes and in float32
             to measure the noise floor that is stored; 0 leaves it out.
         save_every: seconds between shards.
