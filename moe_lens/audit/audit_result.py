@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from moe_lens.routing.storage import whole_or_not
-
-_FORMAT = 1
-_METADATA = b"moe_lens_audit"
+from moe_lens.audit.frame_file import read_frame, write_frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +54,7 @@ class Audit:
         Raises:
             FileNotFoundError: its folder does not exist.
         """
-        facts = json.dumps({"format": _FORMAT, "provenance": dict(self.provenance)})
-        table = pa.Table.from_pandas(self.cells, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: facts})
-        with whole_or_not(path) as unfinished:
-            pq.write_table(table, unfinished)
-        return Path(path)
+        return write_frame(path, self.cells, "audit", {"provenance": dict(self.provenance)})
 
     @classmethod
     def load(cls, path: str | Path) -> Audit:
@@ -75,16 +64,5 @@ class Audit:
             FileNotFoundError: no such file.
             ValueError: it is no such file, or of another format.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path.name} is no file of an audit: {error!r}") from error
-        found = (table.schema.metadata or {}).get(_METADATA)
-        facts = {} if found is None else json.loads(found)
-        if facts.get("format") != _FORMAT:
-            what = "no file of an audit" if found is None else f"an audit of format {facts.get('format')!r}"
-            raise ValueError(f"{path.name} is {what}")
-        return cls(table.to_pandas(), facts["provenance"])
+        cells, facts = read_frame(path, "audit")
+        return cls(cells, facts["provenance"])
