@@ -1,158 +1,45 @@
-"""Where corpora come from: datasets, named recipes of published analyses, and what a command line may name."""
+"""Where corpora come from: named recipes of published analyses, and what a command line may name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moe_lens.corpus import (
+    Choice,
     Document,
     TokenBatches,
     bos_by_default,
     bundled_documents,
     read_jsonl,
+    read_lines,
     read_text,
     select_documents,
-    text_of,
 )
+from moe_lens.corpus_datasets import HubDataset, read_dataset, stream_dataset
 from moe_lens.indirect_object import indirect_object_prompts
 from moe_lens.model.hooked_moe import HookedMoE
+
+__all__ = [
+    "PRESETS",
+    "WIKITEXT_2",
+    "Bos",
+    "CorpusPreset",
+    "HubDataset",
+    "corpus_batches",
+    "corpus_kind",
+    "preset_batches",
+    "read_dataset",
+    "stream_dataset",
+]
 
 Bos = bool | Literal["default"] | None
 """`prepend_bos` of whole documents: "default" is `bos_by_default` of the model, the rest as in `token_batches`."""
 
 _JSON_LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".json")
-
-
-def stream_dataset(
-    name: str | Path,
-    *,
-    config: str | None = None,
-    split: str = "train",
-    text_field: str = "text",
-    revision: str | None = None,
-    seed: int = 0,
-    buffer_size: int = 10_000,
-) -> Iterator[Document]:
-    """A dataset's documents in a shuffled order, read as they are asked for; for `select_documents`.
-
-    What the `datasets` library's streaming shuffle does: the order of the dataset's files and a buffer of
-    `buffer_size` rows are shuffled. That is a uniform shuffle of a dataset no larger than the buffer; of a larger
-    one, the first documents come from the few files that are read first.
-
-    Args:
-        name: a hub id, or the path of a directory with data files. No code of a dataset is ever run.
-        config, split, revision: as in `datasets.load_dataset`.
-        text_field: the field that holds the text; null counts as an empty text.
-        seed, buffer_size: of the shuffle. The same ones give the same order, for the same files and release
-            of `datasets`.
-
-    Returns:
-        Documents named `NAME[SPLIT]#INDEX`, counted from 0 in the shuffled order: a stream does not know its rows'
-        numbers. The topic is the dataset's name.
-
-    Raises:
-        OSError: no such dataset, or it cannot be reached.
-        ValueError: no such config, split or text field, or a row with something else than text there.
-    """
-    if buffer_size < 1:
-        raise ValueError(
-            f"buffer_size={buffer_size} must be positive: it is how many rows are shuffled at once"
-        )
-    dataset = _load(str(name), config, split, text_field, revision, streaming=True)
-    return _documents(dataset.shuffle(seed=seed, buffer_size=buffer_size), str(name), split, text_field)
-
-
-def read_dataset(
-    name: str | Path,
-    *,
-    config: str | None = None,
-    split: str = "train",
-    text_field: str = "text",
-    revision: str | None = None,
-    n_documents: int | None = None,
-    seed: int = 0,
-    buffer_size: int = 10_000,
-) -> list[Document]:
-    """Documents of a dataset on the Hugging Face hub or in a local directory. Empty ones are kept.
-
-    Args:
-        n_documents: the first so many of `stream_dataset`, without downloading the rest. None is all of them in the
-            dataset's own order (named by their row numbers), which downloads it and keeps a copy in the cache of the
-            `datasets` library; `seed` and `buffer_size` are not used then.
-
-    The other arguments, the names and the errors are those of `stream_dataset`; fewer than `n_documents` rows raise
-    a ValueError too.
-    """
-    if n_documents is None:
-        dataset = _load(str(name), config, split, text_field, revision, streaming=False)
-        return list(_documents(dataset, str(name), split, text_field))
-    if n_documents < 1:
-        raise ValueError(f"n_documents={n_documents} must be positive, or None for all")
-    stream = stream_dataset(
-        name,
-        config=config,
-        split=split,
-        text_field=text_field,
-        revision=revision,
-        seed=seed,
-        buffer_size=buffer_size,
-    )
-    documents = list(islice(stream, n_documents))
-    if len(documents) < n_documents:
-        raise ValueError(
-            f"the dataset {str(name)!r} has {len(documents)} rows in its split {split!r}, and {n_documents} were "
-            f"asked for"
-        )
-    return documents
-
-
-def _load(
-    name: str, config: str | None, split: str, text_field: str, revision: str | None, *, streaming: bool
-) -> Any:
-    import datasets  # takes a second, and most analyses need none
-    from datasets.exceptions import DatasetsError
-
-    what = f"the dataset {name!r} (config {config or 'default'!r}, split {split!r})"
-    try:
-        dataset: Any = datasets.load_dataset(
-            name, config, split=split, revision=revision, streaming=streaming
-        )
-    except OSError as error:
-        raise OSError(
-            f"{what} cannot be read: it is no directory with data files here, and the Hugging Face hub did not give "
-            f"it: {error}"
-        ) from error
-    except (ValueError, RuntimeError, DatasetsError) as error:
-        raise ValueError(f"{what} cannot be read: {error}") from error
-    fields = dataset.column_names  # a stream may not know them before its first row
-    if fields is None:
-        return dataset
-    if text_field not in fields:
-        raise ValueError(f"{what} has no field {text_field!r} with its text; its fields are {sorted(fields)}")
-    return dataset.select_columns([text_field])
-
-
-def _documents(dataset: Any, name: str, split: str, text_field: str) -> Iterator[Document]:
-    for index, row in enumerate(dataset):
-        place = f"{name}[{split}]#{index}"
-        yield Document(place, name, text_of(row, text_field, place))
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """Where on the Hugging Face hub a preset's text is."""
-
-    name: str
-    config: str | None
-    split: str
-    text_field: str
-
-    def __str__(self) -> str:
-        return f"{self.name}, config {self.config or 'default'}, split {self.split}, field {self.text_field}"
+_LINES = "lines:"
 
 
 @dataclass(frozen=True)
@@ -163,10 +50,13 @@ class CorpusPreset:
         name: under which it stands in `PRESETS`.
         description: what it is, and what its source left open.
         dataset: where its documents come from.
-        n: how many are chosen; None is all that are long enough.
+        n: how many are chosen, as `choice` says; None is all that are long enough.
         min_length, max_length: in tokens, BOS included; None is no limit, and the model's context.
         seed: of the choice, or of the generated prompts.
         source: where the recipe stands.
+        longer_than: characters; a document of so many or fewer is left out, white space at its ends not counted. None
+            is no limit.
+        choice: "random", or "first": the first `n` that are long enough, in their order, and `seed` is not used.
     """
 
     name: str
@@ -177,12 +67,25 @@ class CorpusPreset:
     max_length: int | None
     seed: int
     source: str
+    longer_than: int | None = None
+    choice: Choice = "random"
 
+
+WIKITEXT_2 = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text")
+"""The test split of raw WikiText-2: a document is a line, its spaces and line feed included."""
 
 _C4 = HubDataset("allenai/c4", "en", "validation", "text")
 _MATH = HubDataset("open-r1/OpenR1-Math-220k", "default", "train", "problem")
 _SPLIT = "The paper does not name the split: here it is validation, which C4 holds out of training."
 _PAPER = '"Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs"'
+_AUDIT = (
+    '"From Observation to Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models" '
+    "(arXiv:2606.10703)"
+)
+_AUDIT_CODE = (
+    "which lines, and where they are cut, is in its code: https://github.com/callmeloui/observational_metrics"
+)
+_TOKENIZERS_OWN = "Its code leaves special tokens to the tokenizer: that is prepend_bos=None."
 _HELD_OUT = "moe_lens: the held-out documents in the package"
 
 PRESETS: dict[str, CorpusPreset] = {
@@ -221,6 +124,30 @@ PRESETS: dict[str, CorpusPreset] = {
             f"{_PAPER}, appendix J: \"experimental results on a subset of OpenR1-Math-220k\"",
         ),
         CorpusPreset(
+            "causal-audit",
+            f"Lines of WikiText-2's raw test split of more than 50 characters, the first 100 of them, cut to 512 "
+            f"tokens. {_TOKENIZERS_OWN}",
+            WIKITEXT_2, 100, None, 512, 0,
+            f"{_AUDIT}, section 2: \"The evaluation corpus is the WikiText-2 test split\"; {_AUDIT_CODE}",
+            longer_than=50, choice="first",
+        ),
+        CorpusPreset(
+            "causal-audit-progressive",
+            f"Lines of WikiText-2's raw test split of more than 100 characters and at least 33 tokens, so that one can "
+            f"be predicted from 32; cut to 256 tokens. {_TOKENIZERS_OWN}",
+            WIKITEXT_2, None, 33, 256, 0,
+            f"{_AUDIT}, section 3 and appendix C; {_AUDIT_CODE}",
+            longer_than=100,
+        ),
+        CorpusPreset(
+            "causal-audit-redistribution",
+            f"Lines of WikiText-2's raw test split of more than 100 characters, the first 200 of them, cut to 256 "
+            f"tokens. {_TOKENIZERS_OWN}",
+            WIKITEXT_2, 200, None, 256, 0,
+            f"{_AUDIT}, section 3 and appendix A.3: \"over the WikiText-2 test corpus\"; {_AUDIT_CODE}",
+            longer_than=100, choice="first",
+        ),
+        CorpusPreset(
             "bundled",
             "All bundled held-out documents, cut to 512 tokens.",
             "bundled", None, None, 512, 0, _HELD_OUT,
@@ -246,6 +173,7 @@ def preset_batches(
     preset: str | CorpusPreset,
     *,
     documents: Iterable[Document] | None = None,
+    origin: str = "documents given",
     n: int | None = None,
     batch_size: int = 8,
     seed: int | None = None,
@@ -258,8 +186,11 @@ def preset_batches(
     Args:
         preset: a name in `PRESETS`, or a preset of your own (`dataclasses.replace` changes one).
         documents: take these instead of the preset's own, and do the same with them: the recipe without the hub. A
-            choice is then drawn from all of them; from a dataset it is the first suitable ones of a shuffled stream.
-        n, seed: instead of the preset's.
+            random choice is then drawn from all of them; from a dataset it is the first suitable ones of a shuffled
+            stream.
+        origin: what `documents` are, for the description.
+        n, seed: instead of the preset's. Where the preset takes the first documents, `n` is how many, and `seed` is
+            not used.
         batch_size: documents in a batch.
         prepend_bos: as in `token_batches`; "default" is `bos_by_default(model)`. A BOS is one of the tokens that
             the recipe counts.
@@ -275,18 +206,17 @@ def preset_batches(
             raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     preset = replace(preset, n=preset.n if n is None else n, seed=preset.seed if seed is None else seed)
-    in_random_order = False
+    choice = preset.choice
     if documents is not None:
-        origin = "documents given"
+        pass
     elif isinstance(preset.dataset, HubDataset):
-        in_random_order = preset.n is not None
-        documents, origin = _hub_documents(preset.dataset, preset.n, preset.seed), str(preset.dataset)
-        if in_random_order:
-            origin += f", shuffled with seed {preset.seed}"
+        in_its_order = preset.n is None or choice == "first"
+        documents, origin = _hub_documents(preset.dataset, None if in_its_order else preset.seed)
+        choice = "first"
     elif preset.dataset == "indirect-object":
         if preset.n is None:
             raise ValueError(f"the preset {preset.name!r} generates its prompts, so it needs an n")
-        in_random_order = True
+        choice = "first"
         documents = _indirect_object_documents(preset.n, preset.seed)
         origin = f"prompts generated with seed {preset.seed}"
     else:
@@ -301,9 +231,10 @@ def preset_batches(
         n=preset.n,
         seed=preset.seed,
         prepend_bos=bos_by_default(model) if prepend_bos == "default" else prepend_bos,
+        longer_than=preset.longer_than,
+        choice=choice,
         truncate=truncate,
         allow_fewer=allow_fewer,
-        in_random_order=in_random_order,
         description=f"{preset.name} ({origin})",
     )
 
@@ -330,12 +261,16 @@ def corpus_batches(
             `hf:NAME` or `hf:NAME:CONFIG:SPLIT`, a dataset on the Hugging Face hub or in a directory. An empty CONFIG
             is the default one, and without SPLIT it is `train`. With `n` it is streamed, and without it all of it is
             downloaded;
+            `lines:FILE`, a file of plain text: every line is a document, as in `read_lines`;
             a file of JSON lines (by its suffix, such as .jsonl);
-            any other file, as plain text: every paragraph is a document.
+            any other file, as plain text: every paragraph is a document;
+            `PRESET@SOURCE`, a preset's recipe on the documents of one of these others, such as
+            `causal-audit@lines:wiki.test.raw` for the recipe on WikiText without the hub.
         batch_size: documents in a batch.
         max_length, min_length: in tokens, BOS included; None is the preset's, else the context and no limit.
-        n: how many documents to choose at random; None is the preset's, else all.
-        seed: of the choice; None is the preset's, else 0.
+        n: how many documents to choose, at random unless the preset takes the first ones; None is the preset's, else
+            all.
+        seed: of a random choice; None is the preset's, else 0.
         text_field: of JSON lines and datasets.
         prepend_bos: as in `token_batches`; "default" is `bos_by_default(model)`.
         truncate: cut longer documents, and count what was cut; otherwise one raises.
@@ -346,30 +281,38 @@ def corpus_batches(
         ValueError: a source that is none of these, a `text_field` for one without fields; and as
             `select_documents`.
     """
-    name, kind = str(source), corpus_kind(source, text_field=text_field)
-    if kind == "preset":
+    preset, name = _divided(source)
+    kind = corpus_kind(source, text_field=text_field)
+    seed_or_0 = 0 if seed is None else seed
+    documents: Iterable[Document] | None = None
+    origin: str = Path(name.removeprefix(_LINES)).name
+    choice: Choice = "random"
+    if kind == "dataset":
+        dataset = _named_dataset(name, text_field)
+        if preset is None:
+            documents, origin = _hub_documents(dataset, None if n is None else seed_or_0)
+            choice = "first"
+        else:
+            preset = replace(preset, dataset=dataset)
+    elif kind == "JSON lines":
+        documents = read_jsonl(name, text_field=text_field)
+    elif kind == "lines":
+        documents = read_lines(name.removeprefix(_LINES))
+    elif kind == "text":
+        documents = read_text(name)
+    if preset is not None:
         changes = {"max_length": max_length, "min_length": min_length, "n": n, "seed": seed}
-        preset = replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
         return preset_batches(
             model,
-            preset,
+            replace(preset, **{key: value for key, value in changes.items() if value is not None}),
+            documents=documents,
+            origin=origin,
             batch_size=batch_size,
             prepend_bos=prepend_bos,
             truncate=truncate,
             allow_fewer=allow_fewer,
         )
-    seed = 0 if seed is None else seed
-    in_random_order = kind == "dataset" and n is not None
-    documents: Iterable[Document]
-    if kind == "dataset":
-        dataset = _named_dataset(name, text_field)
-        documents, origin = _hub_documents(dataset, n, seed), str(dataset)
-        if in_random_order:
-            origin += f", shuffled with seed {seed}"
-    elif kind == "JSON lines":
-        documents, origin = read_jsonl(name, text_field=text_field), Path(name).name
-    else:
-        documents, origin = read_text(name), Path(name).name
+    assert documents is not None
     return select_documents(
         model,
         documents,
@@ -377,43 +320,64 @@ def corpus_batches(
         max_length=max_length,
         min_length=min_length,
         n=n,
-        seed=seed,
+        seed=seed_or_0,
         prepend_bos=bos_by_default(model) if prepend_bos == "default" else prepend_bos,
+        choice=choice,
         truncate=truncate,
         allow_fewer=allow_fewer,
-        in_random_order=in_random_order,
         description=origin,
     )
 
 
-def corpus_kind(
-    source: str | Path, *, text_field: str = "text"
-) -> Literal["preset", "dataset", "JSON lines", "text"]:
-    """Which kind of corpus a source names, as `corpus_batches` would take it; nothing is read.
+Kind = Literal["preset", "dataset", "lines", "JSON lines", "text"]
+
+
+def corpus_kind(source: str | Path, *, text_field: str = "text") -> Kind:
+    """Which kind of corpus a source names, as `corpus_batches` would take it, and of PRESET@SOURCE which kind that
+    source is; nothing is read.
 
     Raises:
         ValueError: see `corpus_batches`.
     """
-    name, path = str(source), Path(source)
-    if name in PRESETS:
-        _refuse_text_field(text_field, f"the preset {name}")
+    preset, name = _divided(source)
+    path = Path(name)
+    if preset is not None and not name:
+        _refuse_text_field(text_field, f"the preset {preset.name}")
         return "preset"
     if name.startswith("hf:"):
         _named_dataset(name, text_field)
         return "dataset"
+    if name.startswith(_LINES):
+        path = Path(name.removeprefix(_LINES))
+        if not path.is_file():
+            raise ValueError(f"{str(source)!r} names no file of lines: there is no file {str(path)!r}")
+        _refuse_text_field(text_field, f"the text file {path.name}")
+        return "lines"
     if path.is_file() and path.suffix.lower() in _JSON_LINES:
         return "JSON lines"
     if path.is_file():
         _refuse_text_field(text_field, f"the text file {path.name}")
         return "text"
+    if preset is not None and name in PRESETS:
+        raise ValueError(f"{str(source)!r} is a preset on a preset, and a preset runs on other documents")
     what = "is a directory; for a dataset write hf: in front" if path.is_dir() else "is no corpus"
     raise ValueError(f"{name!r} {what}. A corpus is {_ACCEPTED}")
 
 
 _ACCEPTED = (
     f"a preset ({', '.join(PRESETS)}), a file of JSON lines ({', '.join(_JSON_LINES)}), another file of plain text, "
-    f"or a dataset on the Hugging Face hub or in a directory, hf:NAME or hf:NAME:CONFIG:SPLIT"
+    f"of which every paragraph is a document, or of which every line is one, {_LINES}FILE, a dataset on the Hugging "
+    f"Face hub or in a directory, hf:NAME or hf:NAME:CONFIG:SPLIT, or a preset on other documents, PRESET@SOURCE"
 )
+
+
+def _divided(source: str | Path) -> tuple[CorpusPreset | None, str]:
+    """The preset that a source names, and the rest of it: "" of a preset alone."""
+    name = str(source)
+    before, at, after = name.partition("@")
+    if before in PRESETS and (after or not at):
+        return PRESETS[before], after
+    return None, name
 
 
 def _refuse_text_field(text_field: str, what: str) -> None:
@@ -434,13 +398,19 @@ def _named_dataset(source: str, text_field: str) -> HubDataset:
     return HubDataset(parts[0], config or None, split, text_field)
 
 
-def _hub_documents(dataset: HubDataset, n: int | None, seed: int) -> Iterator[Document]:
-    """All documents where `n` is None, else a shuffled stream; opened when the first one is asked for."""
-    where = {"config": dataset.config, "split": dataset.split, "text_field": dataset.text_field}
-    if n is None:
-        yield from read_dataset(dataset.name, **where)
-    else:
-        yield from stream_dataset(dataset.name, **where, seed=seed)
+def _hub_documents(dataset: HubDataset, seed: int | None) -> tuple[Iterator[Document], str]:
+    """All documents of a dataset, and what they are: shuffled, or with `seed` None in its own order.
+
+    The dataset is opened when the first document is asked for."""
+
+    def documents() -> Iterator[Document]:
+        where = {"config": dataset.config, "split": dataset.split, "text_field": dataset.text_field}
+        if seed is None:
+            yield from read_dataset(dataset.name, **where)
+        else:
+            yield from stream_dataset(dataset.name, **where, seed=seed)
+
+    return documents(), str(dataset) if seed is None else f"{dataset}, shuffled with seed {seed}"
 
 
 def _indirect_object_documents(n: int, seed: int) -> list[Document]:

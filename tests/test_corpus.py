@@ -17,6 +17,7 @@ from moe_lens.corpus import (
     bundled_documents,
     read_documents,
     read_jsonl,
+    read_lines,
     read_text,
     refuse_bare_pair,
     select_documents,
@@ -224,7 +225,7 @@ def test_every_suitable_document_is_drawn_equally_often(model: HookedMoE) -> Non
     assert all(150 < times < 250 for times in drawn.values()), drawn  # 200 expected, 11.5 the deviation
 
 
-def test_documents_in_random_order_are_read_until_there_are_enough(model: HookedMoE) -> None:
+def test_the_first_documents_are_read_until_there_are_enough(model: HookedMoE) -> None:
     read = []
 
     def stream():
@@ -234,22 +235,22 @@ def test_documents_in_random_order_are_read_until_there_are_enough(model: Hooked
 
     true = lengths(model, MANY)
     got = select_documents(
-        model, stream(), n=10, min_length=5, max_length=8, seed=0, prepend_bos=True, in_random_order=True
+        model, stream(), n=10, min_length=5, max_length=8, seed=0, prepend_bos=True, choice="first"
     )
     assert names(got) == [d.name for d in MANY if true[d.name] >= 5][:10]
     last = names_of(MANY).index(names(got)[-1])
     assert (got.n_considered_documents, got.n_too_short_documents) == (last + 1, last + 1 - 10)
     assert len(read) <= got.n_considered_documents + 63
     other = select_documents(
-        model, MANY, n=10, min_length=5, max_length=8, seed=9, prepend_bos=True, in_random_order=True
+        model, MANY, n=10, min_length=5, max_length=8, seed=9, prepend_bos=True, choice="first"
     )
     assert other.fingerprint == got.fingerprint
 
 
 def test_too_few_documents_raise_unless_allowed(model: HookedMoE) -> None:
     arguments = {"min_length": 3, "max_length": 5, "seed": 0, "prepend_bos": True}
-    for random_order in (False, True):
-        arguments["in_random_order"] = random_order
+    for choice in ("random", "first"):
+        arguments["choice"] = choice
         with pytest.raises(
             ValueError, match=r"there are 2 documents with at least 3 tokens, of 3, and 4 were asked"
         ):
@@ -407,6 +408,66 @@ def test_reading_json_lines(tmp_path: Path) -> None:
             read_jsonl(path)
     with pytest.raises(FileNotFoundError, match=r"absent.jsonl"):
         read_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_reading_lines(tmp_path: Path) -> None:
+    path = tmp_path / "some.raw"
+    path.write_bytes(" = Title = \n \n\r\n one \u2028 line \u0085 still \r\n\n\ttwo \x0c\nlast".encode())
+    documents = read_lines(path)
+    assert [(d.name, d.text) for d in documents] == [
+        ("some.raw#1", " = Title = \n"),
+        ("some.raw#4", " one \u2028 line \u0085 still \n"),
+        ("some.raw#6", "\ttwo \x0c\n"),
+        ("some.raw#7", "last"),
+    ]
+    assert {d.topic for d in documents} == {"some.raw"}
+    for nothing in ("", "\n \n\t\n"):
+        path.write_text(nothing)
+        with pytest.raises(ValueError, match=r"some.raw holds no documents"):
+            read_lines(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not text in UTF-8"):
+        read_lines(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no text file .*absent.raw"):
+        read_lines(tmp_path / "absent.raw")
+
+
+def test_documents_of_few_characters_are_left_out_and_counted(model: HookedMoE) -> None:
+    texts = ["", " \n\t" + "a" * 50 + "  ", "b" * 51, "Mary", "c " * 40, "d" * 60]
+    documents = [Document(f"d{i}", "t", text) for i, text in enumerate(texts)]
+
+    def choose(**how):
+        arguments = {"n": None, "min_length": None, "max_length": None, "seed": 0, "prepend_bos": True}
+        return select_documents(model, documents, **{**arguments, **how})
+
+    got = choose(longer_than=50)
+    assert names(got) == ["d2", "d4", "d5"]
+    assert (got.n_considered_documents, got.n_too_short_documents) == (6, 3)
+    assert "6 documents, of more than 50 characters (3 were not), at most" in got.description
+    of_tokens = lengths(model, documents[2:3])["d2"] + 1
+    assert names(choose(longer_than=0)) == ["d1", "d2", "d3", "d4", "d5"]
+    both = choose(longer_than=50, min_length=of_tokens)
+    long = [d.name for d in documents[2:] if d.name != "d3" and lengths(model, [d])[d.name] >= of_tokens]
+    assert names(both) == long
+    assert both.n_too_short_documents == 6 - len(long)
+    assert f"(3 were not), of at least {of_tokens} tokens ({3 - len(long)} were shorter)" in both.description
+    first = choose(longer_than=50, n=2, choice="first")
+    assert names(first) == ["d2", "d4"]
+    assert first.n_considered_documents == 5
+    assert {name for seed in range(20) for name in names(choose(longer_than=50, n=1, seed=seed))} == {
+        "d2",
+        "d4",
+        "d5",
+    }
+    for choice in ("first", "random"):
+        with pytest.raises(
+            ValueError, match="there are 3 documents of more than 50 characters, of 6, and 4 were asked for"
+        ):
+            choose(longer_than=50, n=4, choice=choice)
+    with pytest.raises(ValueError, match="longer_than=-1 must be 0 or more"):
+        choose(longer_than=-1)
+    with pytest.raises(ValueError, match="choice='last' must be 'random' or 'first'"):
+        choose(choice="last")
 
 
 def test_a_bare_pair_of_tokens_and_mask_is_no_list_of_batches() -> None:

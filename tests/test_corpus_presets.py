@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_lens import HookedMoE
-from moe_lens.corpus import Document, bundled_documents, token_batches
+from moe_lens.corpus import Document, bundled_documents, read_lines, token_batches
 from moe_lens.corpus_presets import (
     PRESETS,
+    WIKITEXT_2,
     CorpusPreset,
     HubDataset,
     corpus_batches,
+    corpus_kind,
     preset_batches,
     read_dataset,
     stream_dataset,
@@ -27,6 +29,8 @@ from moe_lens.corpus_presets import (
 from moe_lens.indirect_object import indirect_object_prompts
 
 HUB_PRESETS = [name for name, preset in PRESETS.items() if isinstance(preset.dataset, HubDataset)]
+SHUFFLED = [name for name in HUB_PRESETS if PRESETS[name].n is not None and PRESETS[name].choice == "random"]
+IN_ORDER = [name for name in HUB_PRESETS if name not in SHUFFLED]
 ROWS = 60
 TEXTS = [f"Row {i}: " + "Mary gave a drink to John. " * (i % 9) for i in range(ROWS)]
 
@@ -154,11 +158,22 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, 
 def test_the_presets_are_what_the_paper_says() -> None:
     assert all(name == preset.name for name, preset in PRESETS.items())
     numbers = {name: (p.n, p.min_length, p.max_length) for name, p in PRESETS.items()}
+    chosen = {name: (p.longer_than, p.choice) for name, p in PRESETS.items() if p.longer_than is not None}
+    assert chosen == {
+        "causal-audit": (50, "first"),
+        "causal-audit-progressive": (100, "random"),
+        "causal-audit-redistribution": (100, "first"),
+    }
+    assert {PRESETS[name].dataset for name in chosen} == {WIKITEXT_2}
+    assert {p.choice for name, p in PRESETS.items() if name not in chosen} == {"random"}
     assert numbers == {
         "routing-paper-tokens": (1000, 32, 32),
         "routing-paper-layers": (5000, 32, 32),
         "routing-paper-indirect-object": (5000, None, None),
         "routing-paper-math": (1000, 32, 32),
+        "causal-audit": (100, None, 512),
+        "causal-audit-progressive": (None, 33, 256),
+        "causal-audit-redistribution": (200, None, 256),
         "bundled": (None, None, 512),
         "bundled-demo": (None, None, 512),
         "bundled-32": (None, 32, 32),
@@ -174,9 +189,12 @@ def test_each_preset_runs_on_documents_in_hand(mini: HookedMoE, name: str) -> No
     assert len(got.documents) == 20
     assert len(got) == 3
     assert set(got.documents) <= set(documents)
-    assert got.n_considered_documents == len(documents)
+    first = preset.choice == "first"
+    assert (got.documents == tuple(documents[:20])) == first
+    assert got.n_considered_documents == (20 if first else len(documents))
+    drawn = "the first 20 suitable ones" if first else f"drawn with seed {preset.seed}"
     assert got.description.startswith(
-        f"{name} (documents given): 20 of {len(documents)} documents, drawn with"
+        f"{name} (documents given): 20 of {got.n_considered_documents} documents, {drawn}"
     )
     bos = mini.tokenizer.bos_token_id
     for tokens, mask, _ in got:
@@ -186,12 +204,12 @@ def test_each_preset_runs_on_documents_in_hand(mini: HookedMoE, name: str) -> No
     same = preset_batches(mini, name, documents=documents, n=20, batch_size=3, seed=preset.seed)
     assert same.fingerprint == got.fingerprint
     other = preset_batches(mini, name, documents=documents, n=20, seed=preset.seed + 1)
-    assert other.fingerprint != got.fingerprint
+    assert (other.fingerprint == got.fingerprint) == first
     bare = preset_batches(mini, name, documents=documents, n=20, prepend_bos=False)
     assert bos not in next(iter(bare)).tokens[:, 0]
 
 
-@pytest.mark.parametrize("name", HUB_PRESETS)
+@pytest.mark.parametrize("name", SHUFFLED)
 def test_a_dataset_preset_streams_its_dataset(
     mini: HookedMoE, sharded: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -219,6 +237,50 @@ def test_a_dataset_preset_streams_its_dataset(
     everything = preset_batches(mini, name, allow_fewer=True)
     assert everything.n_considered_documents == ROWS
     assert 0 < len(everything.documents) == ROWS - everything.n_too_short_documents
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_a_dataset_is_read_in_its_order_where_the_first_or_all_are_taken(
+    mini: HookedMoE, sharded: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    preset, calls, load = PRESETS[name], [], datasets.load_dataset
+
+    def local(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return load(str(sharded), split="train", streaming=kwargs["streaming"])
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    got = preset_batches(mini, replace(preset, n=preset.n and 10), seed=3)
+    assert calls == [
+        (
+            ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+            {"split": "test", "revision": None, "streaming": False},
+        )
+    ]
+    texts = [d.text for d in got.documents]
+    long = [text for text in TEXTS if len(text.strip()) > (preset.longer_than or 0)]
+    assert 0 < len(long) < ROWS
+    if preset.n is None:
+        enough = {d.text for d in got.documents}
+        assert texts == [text for text in long if text in enough]
+        lengths = {text: mini.tokenize(text, prepend_bos=True)[0].shape[1] for text in long}
+        assert texts == [text for text in long if lengths[text] >= 33]
+        assert got.n_considered_documents == ROWS
+        # Asked for some of them, it draws.
+        assert preset_batches(mini, name, n=2, seed=0).description.startswith(
+            f"{name} ({WIKITEXT_2}, shuffled with seed 0): 2 of "
+        )
+    else:
+        assert texts == long[:10]
+        assert got.n_considered_documents == TEXTS.index(texts[-1]) + 1
+        assert f"{name} ({WIKITEXT_2}): 10 of " in got.description
+        assert f"the first 10 suitable ones, of more than {preset.longer_than} characters" in got.description
+        with pytest.raises(
+            ValueError,
+            match=rf"there are {len(long)} documents of more than {preset.longer_than} characters, of {ROWS}, and "
+            rf"{preset.n} were asked for",
+        ):
+            preset_batches(mini, name)
 
 
 def test_the_indirect_object_preset_is_of_generated_prompts(mini: HookedMoE) -> None:
@@ -358,3 +420,130 @@ def test_a_model_without_a_tokenizer_is_told_first(mini: HookedMoE, monkeypatch:
             preset_batches(mini, name)
     with pytest.raises(ValueError, match="without a tokenizer"):
         preset_batches(mini, "bundled", documents=[Document("a", "t", "x")])
+
+
+# ---- lines, and a preset's recipe on other documents ----
+
+WIKI_LINES = [" \n"] + [
+    line
+    for i in range(130)
+    for line in (f" = Title {i} = \n", " \n", f" {i} " + "He gave a drink to John . " * (i % 14) + "\n")
+]
+
+
+@pytest.fixture
+def wiki(tmp_path: Path) -> Path:
+    """A file of lines like WikiText's."""
+    path = tmp_path / "wiki.test.raw"
+    path.write_text("".join(WIKI_LINES), encoding="utf-8")
+    return path
+
+
+def by_hand(longer_than: int) -> list[str]:
+    """The lines that are long enough, as they are."""
+    return [line for line in WIKI_LINES if len(line.strip()) > longer_than]
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_the_published_recipes_on_a_file_of_lines(mini: HookedMoE, wiki: Path, name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.longer_than is not None
+    n = None if preset.n is None else 40
+    got = corpus_batches(mini, f"{name}@lines:{wiki}", batch_size=16, n=n, prepend_bos=None)
+    expected = []
+    for line in by_hand(preset.longer_than):
+        ids = mini.tokenize(line, prepend_bos=None)[0][0].tolist()
+        if len(ids) >= (preset.min_length or 1):
+            expected.append(ids[: preset.max_length])
+    rows = [row[real].tolist() for tokens, mask, _ in got for row, real in zip(tokens, mask, strict=True)]
+    assert rows == expected[:n]
+    assert len(rows) > 20
+    assert got.description.startswith(f"{name} (wiki.test.raw): ")
+    same = preset_batches(mini, name, documents=read_lines(wiki), n=n, prepend_bos=None)
+    assert same.fingerprint == got.fingerprint
+    assert same.description.startswith(f"{name} (documents given): ")
+    with pytest.raises(ValueError, match=rf"documents of more than {preset.longer_than} characters"):
+        corpus_batches(mini, f"{name}@lines:{wiki}", batch_size=16, n=131)
+
+
+def test_the_same_lines_are_the_same_corpus_wherever_they_are(
+    mini: HookedMoE, wiki: Path, tmp_path: Path
+) -> None:
+    """A file of lines, JSON lines, and a dataset as the hub has it, with empty rows."""
+    texts = ["" if line == " \n" else line for line in WIKI_LINES]
+    directory = tmp_path / "dataset"
+    directory.mkdir()
+    rows = "\n".join(json.dumps({"text": text}) for text in texts)
+    (directory / "test.jsonl").write_text(rows)
+    (tmp_path / "rows.jsonl").write_text(rows.replace('"text"', '"body"'))
+    of_lines = corpus_batches(mini, f"causal-audit@lines:{wiki}", batch_size=4, n=30, seed=5)
+    of_rows = corpus_batches(
+        mini, f"causal-audit@{tmp_path / 'rows.jsonl'}", batch_size=4, n=30, text_field="body"
+    )
+    of_dataset = corpus_batches(mini, f"causal-audit@hf:{directory}::test", batch_size=4, n=30)
+    assert of_lines.fingerprint == of_rows.fingerprint == of_dataset.fingerprint
+    assert (
+        f"causal-audit ({directory}, config default, split test, field text): 30 of" in of_dataset.description
+    )
+    assert "causal-audit (rows.jsonl): 30 of" in of_rows.description
+    # Another choice and another cut, on top of the preset's.
+    fewer = corpus_batches(
+        mini, f"causal-audit@lines:{wiki}", batch_size=4, n=7, max_length=20, min_length=20
+    )
+    assert fewer.n_tokens == 7 * 20
+    assert fewer.documents == of_lines.documents[:7]
+
+
+def test_a_random_preset_draws_from_another_source(mini: HookedMoE, wiki: Path, sharded: Path) -> None:
+    drawn = corpus_batches(mini, f"bundled-32@lines:{wiki}", batch_size=4, n=5, seed=1)
+    assert drawn.n_tokens == 5 * 32
+    assert "bundled-32 (wiki.test.raw): 5 of" in drawn.description
+    assert "drawn with seed 1" in drawn.description
+    streamed = corpus_batches(mini, f"routing-paper-tokens@hf:{sharded}", batch_size=4, n=5, seed=1)
+    assert (
+        f"routing-paper-tokens ({sharded}, config default, split train, field text, shuffled with seed 1): 5 of"
+        in (streamed.description)
+    )
+
+
+def test_a_corpus_is_a_file_of_lines(mini: HookedMoE, wiki: Path) -> None:
+    got = corpus_batches(mini, f"lines:{wiki}", batch_size=64)
+    assert [d.text for d in got.documents] == [line for line in WIKI_LINES if line.strip()]
+    assert got.description.startswith("wiki.test.raw: 260 of 260 documents")
+    assert len(corpus_batches(mini, wiki, batch_size=64).documents) < 260, "paragraphs"
+    drawn = corpus_batches(mini, f"lines:{wiki}", batch_size=4, n=3, seed=1)
+    assert "drawn with seed 1" in drawn.description
+    with pytest.raises(ValueError, match=r"the text file wiki.test.raw takes none"):
+        corpus_batches(mini, f"lines:{wiki}", batch_size=4, text_field="body")
+
+
+def test_kinds_of_sources(wiki: Path, sharded: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    for source, kind in (
+        (f"lines:{wiki}", "lines"),
+        (str(wiki), "text"),
+        (str(rows), "JSON lines"),
+        (f"hf:{sharded}", "dataset"),
+    ):
+        assert corpus_kind(source) == corpus_kind(f"causal-audit@{source}") == kind
+    assert corpus_kind("causal-audit") == "preset"
+    for wrong, message in (
+        ("lines:absent.txt", r"'lines:absent.txt' names no file of lines: there is no file 'absent.txt'"),
+        ("lines:", "names no file of lines"),
+        ("causal-audit@lines:absent.txt", "there is no file 'absent.txt'"),
+        (
+            "causal-audit@absent.txt",
+            r"'absent.txt' is no corpus. A corpus is a preset .*lines:FILE.*PRESET@SOURCE",
+        ),
+        ("causal-audit@", "'causal-audit@' is no corpus"),
+        ("causal-audit@bundled", "is a preset on a preset, and a preset runs on other documents"),
+        ("causal-audits@lines:x", "'causal-audits@lines:x' is no corpus"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            corpus_kind(wrong)
+    with pytest.raises(ValueError, match="takes none"):
+        corpus_kind(f"causal-audit@{wiki}", text_field="body")
+    at = tmp_path / "some@where.txt"
+    at.write_text("x")
+    assert corpus_kind(at) == "text"

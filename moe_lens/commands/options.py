@@ -26,7 +26,8 @@ def add_corpus(parser: argparse.ArgumentParser, seed_help: str) -> None:
     parser.add_argument(
         "--corpus",
         default="bundled-demo",
-        help="a preset's name, a .jsonl or text file, or hf:NAME[:CONFIG[:SPLIT]] (default: bundled-demo)",
+        help="a preset's name, a .jsonl or text file, lines:FILE for a text file whose lines are documents, "
+        "hf:NAME[:CONFIG[:SPLIT]], or PRESET@SOURCE for a preset's recipe on one of these (default: bundled-demo)",
     )
     parser.add_argument("--n", type=int, help="documents; default: the preset's number, else all")
     parser.add_argument(
