@@ -1,6 +1,7 @@
 """The slow, obvious audit: positions one at a time, experts sorted with Python's sort. No statistics of the package.
 
-`pairs_of` is the protocol's pairs, `beyond_of` the rest; `clustered` is the error of a mean over positions.
+`pairs_of` is the protocol's pairs, `beyond_of` the rest, `odds_of` the comparison between metrics, by regressions with
+a column per document; `clustered` is the error of a mean over positions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -87,6 +89,59 @@ def beyond_of(positions: Sequence[Sequence[Any]], metric: Values) -> Mapping[str
     for name, values in (("random", of_random), ("lowest", of_lowest), ("best", of_best)):
         found[f"{name}_delta_loss"] = mean_of(values)
     return found
+
+
+def odds_of(
+    positions: Sequence[Sequence[Any]], metrics: Mapping[str, Values]
+) -> Mapping[str, Mapping[str, float]]:
+    """For each metric the columns of the comparison, of positions at which all of them have values."""
+    kept = [
+        rows for rows in positions if not any(math.isnan(m(row)) for m in metrics.values() for row in rows)
+    ]
+    losses = np.array([float(row.delta_loss) for rows in kept for row in rows])
+    of_row = [row.document for rows in kept for row in rows]
+    documents = sorted(set(of_row))
+    columns = np.array([[float(document == one) for one in documents] for document in of_row])
+    n, bic_empty = len(losses), 0.0
+    fits: dict[str, dict[str, float]] = {}
+    effects = [1.0]
+    empty = residuals_of(columns, losses)[1]
+    for name, metric in metrics.items():
+        ranks = np.array(
+            [(r - (len(rows) + 1) / 2) / (len(rows) - 1) for rows in kept
+             for r in stats.rankdata([metric(row) for row in rows])]
+        )  # fmt: skip
+        if not ranks.any():
+            fits[name] = {"rank_slope": 0.0, "rank_slope_standard_error": math.inf, "rank_r_squared": 0.0}
+            continue
+        slopes, residuals = residuals_of(np.column_stack([ranks, columns]), losses)
+        bread = sum(ranks**2)
+        sums = [sum((ranks * residuals)[np.array(of_row) == one]) for one in documents]
+        variance = len(documents) / (len(documents) - 1) * sum(s**2 for s in sums) / bread**2
+        effects.append(variance / (sum(residuals**2) / (n - len(documents) - 1) / bread))
+        fits[name] = {
+            "rank_slope": slopes[0],
+            "rank_slope_standard_error": math.sqrt(variance),
+            "rank_r_squared": 1 - sum(residuals**2) / sum(empty**2),
+        }
+    n_effective = max(n / max(effects), 1.0)
+    for fit in fits.values():
+        # The columns of the documents are parameters of both models.
+        bic_metric = n_effective * math.log(1 - fit["rank_r_squared"]) + math.log(n_effective)
+        fit["log_odds"] = (bic_empty - bic_metric) / 2
+    total = 1 + sum(math.exp(fit["log_odds"]) for fit in fits.values())
+    for fit in fits.values():
+        fit["posterior"] = math.exp(fit["log_odds"]) / total
+        fit["posterior_empty"] = 1 / total
+        fit["odds_design_effect"] = max(effects)
+        fit["n_odds_rows"] = n
+    return fits
+
+
+def residuals_of(columns: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares: coefficients, and what they leave."""
+    coefficients = np.linalg.lstsq(columns, losses, rcond=None)[0]
+    return coefficients, losses - columns @ coefficients
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -18,10 +18,12 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from moe_lens.audit.census_table import Census, CensusWriter
+from moe_lens.audit.metric_comparison import within_token_rank
 from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.paired_tests import paired_test
 from moe_lens.audit.protocol import CONTROLS, Audit, audit
-from tests.reference_protocol import beyond_of, pairs_of, positions_of
+from moe_lens.audit.protocol_odds import within_position_rank
+from tests.reference_protocol import beyond_of, odds_of, pairs_of, positions_of
 
 N_EXPERTS = 12
 IDENTITY = {
@@ -168,6 +170,108 @@ def test_cells_are_those_of_the_loops(k: int, compare: int) -> None:
             for name, expected in beyond_of(positions, value).items():
                 assert got[name] == pytest.approx(expected, abs=1e-12), (metric, name)
     assert min(dropped.values()) > 10
+
+
+# ---- metrics against each other ----
+
+
+@pytest.mark.parametrize("k", [2, 4, 5])
+def test_odds_are_those_of_the_loops(k: int) -> None:
+    def delta(rows: Rows, rng: np.random.Generator) -> np.ndarray:
+        return 0.4 * COARSE[rows["expert"]] + rng.normal() + rng.normal(size=len(rows["rank"]))
+
+    census = census_of(k=k, delta=delta)
+    table = table_of(fine=FINE, coarse=COARSE, holes=HOLES, flat=1.0)
+    found = audit(census, table)
+    rows_of_layers = []
+    for layer in (1, 4):
+        positions = positions_of(census.to_pandas(), layer)
+        values = {
+            name: lambda row, name=name: float(table.values[name][table.layers.index(row.layer), row.expert])
+            for name in table.metrics
+        }
+        # Each control is against the empty model alone.
+        wanted = {("metrics", name): line for name, line in odds_of(positions, values).items()}
+        for name in CONTROLS:
+            alone = odds_of(positions, {name: lambda row, name=name: float(getattr(row, name))})
+            wanted["control", name] = alone[name]
+        for (family, metric), line in wanted.items():
+            got = cell(found, family, metric, layer)
+            assert {name: got[name] for name in line} == pytest.approx(line, abs=1e-12), (family, metric)
+            assert len(line) == 8
+            rows_of_layers.append(got["n_odds_rows"] / k / got["n_positions"])
+        flat = cell(found, "metrics", "flat", layer)
+        n_effective = flat["n_odds_rows"] / flat["odds_design_effect"]
+        assert flat["log_odds"] == pytest.approx(-np.log(n_effective) / 2)
+        assert flat["posterior"] < flat["posterior_empty"]
+    # The metric with holes costs all metrics its positions, and the controls none.
+    assert max(rows_of_layers) == 1
+    assert 0 < min(rows_of_layers) < 0.9
+    odds = found.odds()
+    assert odds.index.tolist() == [
+        ("metrics", "empty"), *(("metrics", name) for name in table.metrics), *(("control", c) for c in CONTROLS),
+    ]  # fmt: skip
+    assert odds.columns.tolist() == [1, 4]
+    assert odds.loc["metrics"].sum().tolist() == pytest.approx([1, 1])
+    assert odds.loc[("metrics", "coarse"), 4] == cell(found, "metrics", "coarse", 4)["posterior"]
+    assert odds.loc[("metrics", "empty"), 1] == cell(found, "metrics", "coarse", 1)["posterior_empty"]
+    assert odds.loc[("control", "first_order"), 1] == cell(found, "control", "first_order", 1)["posterior"]
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_ranks_by_slot_are_those_within_tokens(k: int) -> None:
+    values = np.random.default_rng(k).integers(0, 5, (k, 200)).astype(float)
+    token = np.broadcast_to(np.arange(200), values.shape)
+    want = within_token_rank(values.ravel(), token.ravel())
+    assert (within_position_rank(values).ravel() == want).all()
+    assert np.ptp(want) == 1
+
+
+def test_the_true_metric_has_the_odds_at_its_layer() -> None:
+    """The two layers are unlike, so that values of the other one are no truth."""
+    importance = np.random.default_rng(5).normal(size=(2, N_EXPERTS))
+
+    def delta(rows: Rows, rng: np.random.Generator) -> np.ndarray:
+        truth = importance[(rows["layer"] == 4).astype(int), rows["expert"]]
+        return truth + rng.normal(size=len(rows["rank"])) + rng.normal()
+
+    table = table_of(true=importance, swapped=importance[::-1], mixed=importance[:, ::-1])
+    found = audit(census_of(60, length=20, delta=delta), table, controls="gap_norm")
+    assert (found.odds().loc[("metrics", "true")] > 0.99).all()
+    assert (found.odds().loc[("control", "gap_norm")] < 0.2).all()
+    assert (found.cells.query("metric == 'true'")["rank_slope"] > 0).all()
+    nothing = audit(census_of(60, length=20), table, controls=())
+    assert (nothing.odds().loc[("metrics", "empty")] > 0.5).all()
+
+
+def test_a_layer_that_cannot_be_compared() -> None:
+    columns = ["rank_slope", "rank_slope_standard_error", "rank_r_squared", "log_odds", "posterior"]
+    columns += ["posterior_empty", "odds_design_effect"]
+    of_one = audit(census_of(1, length=20), table_of(fine=FINE)).cells
+    assert of_one[columns].isna().all(axis=None)
+    assert (of_one["n_odds_rows"] == 4 * of_one["n_positions"]).all()
+    assert of_one["d"].notna().all()
+    # A metric without a value anywhere leaves no rows for the others; the controls have theirs.
+    nowhere = audit(census_of(), table_of(fine=FINE, nowhere=np.nan)).cells
+    metrics, controls = (nowhere[nowhere["family"] == of] for of in ("metrics", "control"))
+    assert metrics[columns].isna().all(axis=None)
+    assert (metrics["n_odds_rows"] == 0).all()
+    assert controls[columns].notna().all(axis=None)
+    assert audit(census_of(), None).odds().index.tolist() == [("control", name) for name in CONTROLS]
+
+
+def test_a_sampled_comparison_is_of_one_sample() -> None:
+    census = census_of(40)
+    found = audit(census, table_of(fine=FINE, twin=FINE, less=-FINE), n=30)
+    fine, twin, less = (cell(found, "metrics", name, 4) for name in ("fine", "twin", "less"))
+    assert fine["n_odds_rows"] == 30 * 4
+    assert fine["d"] != twin["d"]
+    for name in ("rank_slope", "rank_r_squared", "log_odds", "posterior"):
+        assert fine[name] == twin[name]
+    assert less["rank_slope"] == pytest.approx(-fine["rank_slope"])
+    assert less["posterior"] == pytest.approx(fine["posterior"])
+    other = audit(census, table_of(fine=FINE), n=30, seed=1)
+    assert cell(other, "metrics", "fine", 4)["rank_slope"] != fine["rank_slope"]
 
 
 def test_infinite_weight_ratios_are_the_largest() -> None:
@@ -318,6 +422,10 @@ def test_samples_are_of_the_cell_alone() -> None:
     one = audit(census, table_of(fine=FINE), n=30, layers=4, controls=())
     same = [name for name in both.cells if name not in ("n_family", "verdict") and "_holm" not in name]
     same = [name for name in same if "bonferroni" not in name and name != "p_bh"]
+    # Odds are of all that are compared, though the rows are the same.
+    same = [
+        name for name in same if "posterior" not in name and name not in ("log_odds", "odds_design_effect")
+    ]
     a, b = cell(both, "metrics", "fine", 4), cell(one, "metrics", "fine", 4)
     assert {name: a[name] for name in same} == pytest.approx({name: b[name] for name in same}, nan_ok=True)
     assert (both.cells["n_positions"] == 30).all()
@@ -363,6 +471,13 @@ def with_provenance(table: MetricTable, **more: Any) -> MetricTable:
 def test_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         audit(census_of(3), table_of(fine=FINE), **how)
+
+
+def test_no_metric_is_called_as_the_empty_model() -> None:
+    table = table_of(fine=FINE, empty=COARSE)
+    with pytest.raises(ValueError, match="'empty' is the model without a metric"):
+        audit(census_of(3), table)
+    assert audit(census_of(3), table, metrics="fine").cells["metric"].iloc[0] == "fine"
 
 
 def test_tables_that_do_not_belong_together() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from moe_lens.audit.frame_file import read_frame, write_frame
+from moe_lens.audit.metric_comparison import EMPTY
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,17 @@ class Audit:
         index = ["family", "metric"]
         table = self.cells.pivot(index=index, columns="layer", values="verdict")
         return table.loc[list(self.cells[index].drop_duplicates().itertuples(index=False, name=None))]
+
+    def odds(self) -> pd.DataFrame:
+        """Posterior probabilities by (family, metric) and layer, in the order of `verdicts`, with the empty model, in
+        which no metric says anything, first among the metrics: with it their columns sum to 1. A control's is against
+        the empty model alone, which has the rest."""
+        index = ["family", "metric"]
+        metrics = self.cells.loc[self.cells["family"] == "metrics"]
+        empty = metrics.assign(metric=EMPTY, posterior=metrics["posterior_empty"])
+        cells = pd.concat([empty.drop_duplicates(["layer"]), self.cells])
+        table = cells.pivot(index=index, columns="layer", values="posterior")
+        return table.loc[list(cells[index].drop_duplicates().itertuples(index=False, name=None))]
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one Parquet file, whole or not at all.

@@ -37,8 +37,20 @@ spearman, kendall   mean over positions of the rank correlation of metric and lo
 pruning_gain        mean loss of removing a random active expert less that of removing the metric's lowest, nats, with
                     _standard_error: above 0, the metric saves loss. Of the n_positions - n_undefined positions, as are
                     random_delta_loss, lowest_delta_loss and best_delta_loss (the expert whose removal turns out best)
+rank_slope          nats from the token's lowest expert to its highest by the metric, by regression of the loss change
+                    on the within-token rank with document effects; rank_slope_standard_error is clustered by document,
+                    infinite where the metric ties everywhere; rank_r_squared is within documents
+log_odds            natural log Bayes factor against the empty model, in which no metric says anything
+posterior           of this metric, among the empty model (posterior_empty) and all metrics of the table at this layer,
+                    all equally likely to start with; a control is compared with the empty model alone. See
+                    `moe_lens.audit.metric_comparison`
+odds_design_effect  rows per independent row, by which log_odds is tempered; one for all that are compared
+n_odds_rows         (position, active expert) of the comparison. Models must be of the same rows: those of positions at
+                    which every metric compared has a value for all active experts. With n, each cell has positions of
+                    its own, and so has the comparison of the metrics; a control's is of its cell's
 
 A cell with fewer than two pairs has NaN in whatever needs them, counts in its family as p = 1, and is `inconclusive`.
+Where fewer than two documents have rows to compare, the columns from rank_slope to odds_design_effect are NaN.
 
 Source: "From Observation to Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models"
 (arXiv:2606.10703), section 2 and tables 1 to 6; there at n = 200 positions a cell, here at all.
@@ -57,9 +69,11 @@ from jaxtyping import Float
 
 from moe_lens.audit.audit_result import Audit
 from moe_lens.audit.census_table import COLUMNS, Census
+from moe_lens.audit.metric_comparison import EMPTY
 from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.paired_tests import SMALLEST_EFFECT, paired_test
 from moe_lens.audit.protocol_cells import LayerRows, read_cell
+from moe_lens.audit.protocol_odds import Odds, odds_alone, odds_between
 from moe_lens.audit.protocol_table import Cell, Family, table_of
 from moe_lens.routing.arguments import few, natural_number, positive_integer
 
@@ -100,7 +114,7 @@ def audit(
 ) -> Audit:
     """Test every metric at every layer, and the controls. See the module for what comes out.
 
-    A layer is read at a time. For 10^6 positions with 8 active experts that is about 1 GiB at its largest.
+    A layer is read at a time. For 10^6 positions with 8 active experts that is about 1.2 GiB at its largest.
 
     Args:
         census: of every active expert at every token (`census(model, ...)`), zero ablation in the source.
@@ -119,8 +133,8 @@ def audit(
 
     Raises:
         ValueError: census and metrics of other weights, or metrics of a model that hooks edited; layers, metrics or
-            controls that are not there; more positions wanted than there are; 2 compare above the number of active
-            experts.
+            controls that are not there; a metric called "empty"; more positions wanted than there are; 2 compare above
+            the number of active experts.
     """
     if not 0 < smallest_effect < math.inf:
         raise ValueError(f"smallest_effect={smallest_effect} must be a positive Cohen's d")
@@ -200,6 +214,8 @@ def _metrics(table: MetricTable | None, metrics: Sequence[str] | str | None) -> 
         raise ValueError(f"the metric table has no {few(unknown)}; it has {', '.join(there) or 'nothing'}")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"metrics must be asked for once each, not {list(chosen)}")
+    if EMPTY in chosen:
+        raise ValueError(f"{EMPTY!r} is the model without a metric, so no metric can be called that")
     return chosen
 
 
@@ -232,19 +248,26 @@ def _of_layer(census: Census, table: MetricTable | None, layer: int, asked: _Ask
             f"the census has M{layer}E{rows.expert.max()}, and the metric table {table.n_experts} experts"
         )
     cells = []
-    for name in asked.metrics:
-        assert table is not None
-        of_experts = table.values[name][table.layer_index(layer)]
-        of_cell = rows.sampled(asked.n, asked.seed, f"metrics {name}")
-        cells.append(_cell("metrics", name, of_cell, of_experts[of_cell.expert], asked))
+    if table is not None:
+        of_layer = {name: table.values[name][table.layer_index(layer)] for name in asked.metrics}
+        between = odds_between(rows.sampled(asked.n, asked.seed, "comparison metrics"), of_layer)
+        for name, of_experts in of_layer.items():
+            of_cell = rows.sampled(asked.n, asked.seed, f"metrics {name}")
+            cells.append(_cell("metrics", name, of_cell, of_experts[of_cell.expert], between[name], asked))
     for name in asked.controls:
         of_cell = rows.sampled(asked.n, asked.seed, f"control {name}")
-        cells.append(_cell("control", name, of_cell, of_cell.columns[name], asked))
+        odds = odds_alone(of_cell, name)
+        cells.append(_cell("control", name, of_cell, of_cell.columns[name], odds, asked))
     return cells
 
 
 def _cell(
-    family: Family, name: str, rows: LayerRows, values: Float[np.ndarray, "slot position"], asked: _Asked
+    family: Family,
+    name: str,
+    rows: LayerRows,
+    values: Float[np.ndarray, "slot position"],
+    odds: Odds,
+    asked: _Asked,
 ) -> Cell:
     pairs, beyond = read_cell(rows, values, asked.compare)
     test = None
@@ -252,7 +275,7 @@ def _cell(
         test = paired_test(
             pairs.high, pairs.low, pairs.document, smallest_effect=asked.smallest_effect, alpha=asked.alpha
         )
-    return Cell(family, name, rows.layer, rows.n_positions, pairs, test, beyond)
+    return Cell(family, name, rows.layer, rows.n_positions, pairs, test, beyond, odds)
 
 
 def _provenance(asked: _Asked, census: Census, table: MetricTable | None) -> dict[str, Any]:

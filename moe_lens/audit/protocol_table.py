@@ -14,6 +14,7 @@ from scipy import stats
 from moe_lens.audit.corrections import benjamini_hochberg, bonferroni, holm, verdict
 from moe_lens.audit.paired_tests import PairedTest
 from moe_lens.audit.protocol_cells import Beyond, Pairs
+from moe_lens.audit.protocol_odds import Odds
 
 Family = Literal["metrics", "control"]
 
@@ -29,6 +30,7 @@ class Cell:
     pairs: Pairs
     test: PairedTest | None
     beyond: Beyond
+    odds: Odds
 
     @property
     def corrected_with(self) -> str:
@@ -48,6 +50,7 @@ class Cell:
             **_of_test(self.pairs, self.test),
             "rho": _rho(self.pairs) if is_ratio else np.nan,
             **_of_beyond(self.beyond),
+            **dict(zip(_OF_ODDS, self.odds, strict=True)),
         }
 
 
@@ -101,6 +104,12 @@ def _corrected(
     return np.where([test is None for test in tests], np.nan, corrected)
 
 
+# In the order of `Odds`.
+_OF_ODDS = [
+    "rank_slope", "rank_slope_standard_error", "rank_r_squared", "log_odds", "posterior", "posterior_empty",
+    "odds_design_effect", "n_odds_rows",
+]  # fmt: skip
+
 _COLUMNS = [
     "model", "scope", "how", "as_released", "family", "metric", "layer",
     "n_positions", "n_undefined", "n_ties", "n_pairs", "n_documents", "n_zero",
@@ -111,6 +120,7 @@ _COLUMNS = [
     "n_family", "p_t_holm", "p_wilcoxon_holm", "p_bh", "p_t_bonferroni", "p_t_plain_bonferroni", "verdict",
     "rho", "spearman", "spearman_standard_error", "kendall", "kendall_standard_error", "n_correlations",
     "pruning_gain", "pruning_gain_standard_error", "random_delta_loss", "lowest_delta_loss", "best_delta_loss",
+    *_OF_ODDS,
 ]  # fmt: skip
 
 _OF_TEST = {
