@@ -223,7 +223,7 @@ def expert_draws(n_experts: int, n_bootstrap: int, seed: int) -> Iterator[Int[np
 
 
 def _in_chunks(n_bootstrap: int, width: int) -> Iterator[int]:
-    largest = max(1, min(_DRAWS, _CHUNK // width))
+    largest = max(1, min(_DRAWS, _CHUNK // max(1, width)))
     for start in range(0, n_bootstrap, largest):
         yield min(largest, n_bootstrap - start)
 
