@@ -116,6 +116,16 @@ class PairedTest:
         return self.n_pairs / self.n_effective
 
 
+def check_levels(smallest_effect: float, alpha: float) -> None:
+    """Raises:
+    ValueError: `smallest_effect` is no positive number, or `alpha` is not between 0 and 1.
+    """
+    if not 0 < smallest_effect < math.inf:
+        raise ValueError(f"smallest_effect={smallest_effect} must be a positive Cohen's d")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha} must be between 0 and 1")
+
+
 def paired_test(
     high: ArrayLike,
     low: ArrayLike,
@@ -147,10 +157,7 @@ def paired_test(
         ValueError: the three differ in length or are not one-dimensional; a value is NaN or infinite, or a label is
             missing; there are fewer than two pairs; smallest_effect or alpha is out of range.
     """
-    if not 0 < smallest_effect < math.inf:
-        raise ValueError(f"the smallest effect of interest is a positive Cohen's d, not {smallest_effect}")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is between 0 and 1, not {alpha}")
+    check_levels(smallest_effect, alpha)
     differences, starts = _grouped(high, low, cluster)
     # Scaled by a power of two, which rounds nothing: squares neither overflow nor vanish.
     exponent = math.frexp(float(np.abs(differences).max()))[1]

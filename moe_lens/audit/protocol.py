@@ -58,7 +58,6 @@ Source: "From Observation to Intervention: A Causal Audit of Expert Importance i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -71,7 +70,7 @@ from moe_lens.audit.audit_result import Audit
 from moe_lens.audit.census_table import COLUMNS, Census
 from moe_lens.audit.metric_comparison import EMPTY
 from moe_lens.audit.metric_table import MetricTable
-from moe_lens.audit.paired_tests import SMALLEST_EFFECT, paired_test
+from moe_lens.audit.paired_tests import SMALLEST_EFFECT, check_levels, paired_test
 from moe_lens.audit.protocol_cells import LayerRows, read_cell
 from moe_lens.audit.protocol_odds import Odds, odds_alone, odds_between
 from moe_lens.audit.protocol_table import Cell, Family, table_of
@@ -136,10 +135,7 @@ def audit(
             controls that are not there; a metric called "empty"; more positions wanted than there are; 2 compare above
             the number of active experts.
     """
-    if not 0 < smallest_effect < math.inf:
-        raise ValueError(f"smallest_effect={smallest_effect} must be a positive Cohen's d")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha} must be between 0 and 1")
+    check_levels(smallest_effect, alpha)
     if metric_table is not None:
         _require_same_model(census, metric_table)
     asked = _Asked(
