@@ -43,30 +43,38 @@ def table(hooked: Callable[[str], Any]) -> Progressive:
     return progressive(hooked("olmoe"), tokens, attention_mask=mask)
 
 
-def test_lines_show_mean_and_percentile(table: Progressive) -> None:
+def test_lines_show_mean_median_and_percentile(table: Progressive) -> None:
     figure, frame = plots.progressive_lines(table), table.to_frame()
     layers = frame["layer"].unique().tolist()
     drawn = traces(figure)
-    assert len(drawn) == 2 * len(layers)
-    for layer, mean, high in zip(layers, drawn[::2], drawn[1::2], strict=True):
+    assert len(drawn) == 3 * len(layers)
+    for layer, mean, middle, high in zip(layers, drawn[::3], drawn[1::3], drawn[2::3], strict=True):
         rows = frame[frame["layer"] == layer]
-        assert mean.name == high.name == f"M{layer}"
-        assert (mean.xaxis, high.xaxis) == ("x", "x2")
+        assert mean.name == middle.name == high.name == f"M{layer}"
+        assert (mean.xaxis, middle.xaxis, high.xaxis) == ("x", "x2", "x3")
+        assert (mean.yaxis, middle.yaxis, high.yaxis) == ("y", "y2", "y3")
+        assert [line.showlegend for line in (mean, middle, high)] == [True, False, False]
         np.testing.assert_array_equal(mean.x, rows["removed"])
         np.testing.assert_array_equal(mean.y, rows["delta_loss"])
         np.testing.assert_array_equal(mean.error_y.array, rows["delta_loss_standard_error"])
+        np.testing.assert_array_equal(middle.y, rows["delta_loss_median"])
+        assert middle.error_y.array is None
         np.testing.assert_array_equal(high.y, rows["delta_loss_p95"])
-        assert mean.line.color == high.line.color
+        assert mean.line.color == middle.line.color == high.line.color
         assert f"{rows['delta_loss'].iloc[0]:.4g} ± " in mean.text[0]
-        assert f"{rows['delta_loss_p95'].iloc[0]:.4g} nats" in high.text[0]
+        assert f"median: {rows['delta_loss_median'].iloc[0]:.4g} nats" in middle.text[0]
+        assert f"95th percentile: {rows['delta_loss_p95'].iloc[0]:.4g} nats" in high.text[0]
     assert len({trace.line.color for trace in drawn}) == len(layers)
-    assert annotations(figure) == ["mean", "95th percentile"]
+    assert annotations(figure) == ["mean", "median", "95th percentile"]
     n_rows = int(frame["n_rows"].iloc[0])
     assert f"zero at one token; {n_rows} tokens in 4 documents, with standard errors" in title(figure)
     layout = style.layout_of(figure)
-    for axis, column in ((layout.yaxis, "delta_loss"), (layout.yaxis2, "delta_loss_p95")):
+    columns = ("delta_loss", "delta_loss_median", "delta_loss_p95")
+    for axis, column in zip((layout.yaxis, layout.yaxis2, layout.yaxis3), columns, strict=True):
         assert axis.range[0] <= frame[column].min()
         assert axis.range[1] >= frame[column].max()
+    domains = [axis.domain for axis in (layout.xaxis, layout.xaxis2, layout.xaxis3)]
+    assert domains[0][1] < domains[1][0] < domains[1][1] < domains[2][0]
 
 
 def test_lines_of_some_layers_or_of_a_frame(table: Progressive) -> None:
@@ -74,7 +82,7 @@ def test_lines_of_some_layers_or_of_a_frame(table: Progressive) -> None:
     assert {trace.name for trace in traces(one)} == {"M1"}
     assert not style.layout_of(one).showlegend
     some = plots.progressive_lines(table.to_frame(), layers=[2, 0])
-    assert [trace.name for trace in traces(some)[::2]] == ["M0", "M2"]
+    assert [trace.name for trace in traces(some)[::3]] == ["M0", "M2"]
     assert "at one token" not in title(some)
     odd = replace(table, provenance={**table.provenance, "how": EVIL})
     assert SHOWN in title(plots.progressive_lines(odd))
@@ -82,6 +90,8 @@ def test_lines_of_some_layers_or_of_a_frame(table: Progressive) -> None:
         plots.progressive_lines(table, layers=9)
     with pytest.raises(ValueError, match="this has no removed, n_rows"):
         plots.progressive_lines(table.to_frame()[["layer"]])
+    with pytest.raises(ValueError, match="this has no delta_loss_median$"):
+        plots.progressive_lines(table.to_frame().drop(columns="delta_loss_median"))
     with pytest.raises(ValueError, match="no rows to show"):
         plots.progressive_lines(table.to_frame().iloc[:0])
 

@@ -21,8 +21,8 @@ from moe_lens.plots.style import (
     plus_minus,
 )
 
-_PANELS = (("mean", "delta_loss"), ("95th percentile", "delta_loss_p95"))
-_DOMAINS = ((0.0, 0.45), (0.55, 1.0))
+_PANELS = (("mean", "delta_loss"), ("median", "delta_loss_median"), ("95th percentile", "delta_loss_p95"))
+_DOMAINS = ((0.0, 0.27), (0.365, 0.635), (0.73, 1.0))
 _MOST_NAMED = 24
 _NEEDED = (
     "layer",
@@ -31,14 +31,15 @@ _NEEDED = (
     "n_documents",
     "delta_loss",
     "delta_loss_standard_error",
+    "delta_loss_median",
     "delta_loss_p95",
 )
 
 
 def progressive_lines(progressive: Progressive | pd.DataFrame, *, layers: Layers = None) -> go.Figure:
     """The change of the loss against k, how many of the heaviest experts are gone: a line for each layer, later ones
-    darker. On the left the mean over tokens, with standard errors clustered by document; on the right the 95th
-    percentile, which says whether a mean is that of a minority of tokens.
+    darker. On the left the mean over tokens, with standard errors clustered by document; then the median and the 95th
+    percentile, which say whether a mean is that of a minority of tokens.
 
     Args:
         progressive: or its `to_frame()`.
@@ -61,7 +62,7 @@ def progressive_lines(progressive: Progressive | pd.DataFrame, *, layers: Layers
     for layer in wanted:
         if layer not in there:
             raise ValueError(f"there is no layer {layer!r}; there are {', '.join(map(str, there))}")
-    figure = make_subplots(rows=1, cols=2)
+    figure = make_subplots(rows=1, cols=len(_PANELS))
     places = np.linspace(0.35, 1.0, max(len(wanted), 2))[-len(wanted) :]
     colours = sample_colorscale(SEQUENTIAL, places.tolist())
     for layer, colour in zip(sorted(wanted), colours, strict=True):
@@ -120,21 +121,27 @@ def _subtitle(progressive: Progressive | pd.DataFrame, shown: pd.DataFrame) -> s
 
 
 def _place(figure: go.Figure, shown: pd.DataFrame) -> None:
-    """Two panels, each with an axis of its own: the percentile is far larger."""
+    """Panels, each with an axis of its own: the percentile is far larger than the mean, and the median far smaller."""
     layout = layout_of(figure)
     errors = np.nan_to_num(shown["delta_loss_standard_error"].to_numpy(float))
     mean = shown["delta_loss"].to_numpy(float)
-    reach = (np.concatenate([mean - errors, mean + errors]), shown["delta_loss_p95"].to_numpy(float))
+    reach = {column: shown[column].to_numpy(float) for _, column in _PANELS}
+    reach["delta_loss"] = np.concatenate([mean - errors, mean + errors])
     removed = np.unique(shown["removed"].to_numpy())
-    step = -(-len(removed) // 16)
-    for panel, ((statistic, _), domain, values) in enumerate(zip(_PANELS, _DOMAINS, reach, strict=True)):
+    step = -(-len(removed) // 8)
+    for panel, ((statistic, column), domain) in enumerate(zip(_PANELS, _DOMAINS, strict=True)):
         number = "" if panel == 0 else panel + 1
         layout[f"xaxis{number}"].update(
             domain=list(domain),
             tickvals=removed[::step].tolist(),
             range=[removed[0] - 0.3, removed[-1] + 0.3],
         )
-        fit_axis(layout[f"yaxis{number}"].update, values, "linear")
+        fit_axis(layout[f"yaxis{number}"].update, reach[column], "linear")
+        layout[f"yaxis{number}"].update(nticks=7)
+        if panel != 0:
+            layout[f"yaxis{number}"].update(title_text="")
+        if panel != 1:
+            layout[f"xaxis{number}"].update(title_text="")
         figure.add_annotation(
             text=statistic,
             x=domain[0],
@@ -146,5 +153,4 @@ def _place(figure: go.Figure, shown: pd.DataFrame) -> None:
             showarrow=False,
             font=dict(size=12, color=MUTED),
         )
-    layout["yaxis2"].update(title_text="")
     figure.update_layout(margin_t=92)
