@@ -173,7 +173,7 @@ def test_verify_command(
     text.write_text("\n\n".join([SENTENCE * 3] * 4))
     path = str(checkpoint("olmoe"))
     assert cli.main(["verify", path, "--device", "cpu", "--dtype", "float32", "--text-file", str(text)]) == 0
-    assert "11 of 11 checks passed" in capsys.readouterr().out
+    assert "12 of 12 checks passed" in capsys.readouterr().out
 
 
 def test_verify_command_fails_with_one(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,14 @@ import torch
 from torch import Tensor
 
 from moe_lens import HookedMoE
+from moe_lens.audit import checks as checks_module
 from moe_lens.audit.verification import Verification, load_reference, verify
+from moe_lens.interventions.clean_run import CleanRun
+from moe_lens.interventions.replay import ReplayAttend, Replayed
 from tests.families import hf_model, prompts, write_checkpoint
+
+# The function `replay` hides its module in the package.
+replay_module: Any = sys.modules[ReplayAttend.__module__]
 
 VARIANTS = (
     "olmoe",
@@ -53,7 +61,7 @@ def test_every_family_passes_in_float32(
     reference = hf_model(checkpoint(variant), attention=attention)
     verification = verify(load(checkpoint, variant), reference, **text())
     assert verification.passed, str(verification)
-    assert len(verification.checks) == 11
+    assert len(verification.checks) == 12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -67,6 +75,12 @@ def test_every_family_passes_in_half_precision(
     assert verification.checks[-1].name == "rounding"
 
 
+def test_padding_on_the_left(checkpoint: Callable[[str], Path], olmoe: HookedMoE) -> None:
+    tokens, mask = prompts("left", batch=4, length=60)
+    verification = verify(olmoe, checkpoint("olmoe"), tokens, attention_mask=mask)
+    assert verification.passed, str(verification)
+
+
 def test_text_and_path_are_taken_too(checkpoint: Callable[[str], Path]) -> None:
     model = load(checkpoint, "olmoe")
     verification = verify(model, checkpoint("olmoe"), ["The router sends every token to experts. " * 8] * 2)
@@ -77,10 +91,10 @@ def test_text_and_path_are_taken_too(checkpoint: Callable[[str], Path]) -> None:
 def test_table(checkpoint: Callable[[str], Path], olmoe: HookedMoE) -> None:
     verification = verify(olmoe, checkpoint("olmoe"), **text())
     frame = verification.to_frame()
-    assert frame["passed"].tolist() == [True] * 11
+    assert frame["passed"].tolist() == [True] * 12
     assert list(frame.columns) == ["check", "value", "rule", "tolerance", "unit", "passed", "meaning"]
     printed = str(verification)
-    assert "11 of 11 checks passed" in printed
+    assert "12 of 12 checks passed" in printed
     assert all(check.name in printed and check.meaning in printed for check in verification.checks)
     assert not replace(verification.checks[1], value=float("nan")).passed
 
@@ -141,7 +155,8 @@ def test_an_expert_hook_whose_edits_are_dropped(checkpoint: Callable[[str], Path
 
     point.__class__ = DropsEdits
     assert point.forward == call
-    assert failed(verify(olmoe, checkpoint("olmoe"), **text())) == {"active expert ablated"}
+    # Replay does not pass through hooks: it sees the change that hooked passes do not.
+    assert failed(verify(olmoe, checkpoint("olmoe"), **text())) == {"active expert ablated", "replay"}
 
 
 def test_experts_under_wrong_names(checkpoint: Callable[[str], Path], olmoe: HookedMoE) -> None:
@@ -157,8 +172,99 @@ def test_experts_under_wrong_names(checkpoint: Callable[[str], Path], olmoe: Hoo
 def test_a_hook_that_was_left_on(checkpoint: Callable[[str], Path], olmoe: HookedMoE) -> None:
     olmoe.add_perma_hook("blocks.0.hook_resid_mid", lambda tensor, hook: None)
     verification = verify(olmoe, checkpoint("olmoe"), **text())
-    assert failed(verification) == {"hooks left on"}
-    assert next(check.value for check in verification.checks if check.name == "hooks left on") == 1
+    assert failed(verification) == {"hooks left on", "replay"}
+    checks = {check.name: check for check in verification.checks}
+    assert checks["hooks left on"].value == 1
+    assert math.isnan(checks["replay"].value)
+    assert "could not be run" in checks["replay"].meaning
+    assert "blocks.0.hook_resid_mid" in checks["replay"].meaning
+
+
+def _sees_later_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sees(ReplayAttend):
+        def __init__(self, clean: CleanRun, rows: Tensor):
+            super().__init__(clean, rows)
+            self.n_keys = len(clean.tokens)
+            self.hidden = torch.zeros(len(rows), self.n_keys, dtype=torch.bool)
+
+    monkeypatch.setattr(replay_module, "ReplayAttend", Sees)
+
+
+def _is_one_position_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = replay_module.rotation_at
+    monkeypatch.setattr(replay_module, "rotation_at", lambda rotary, columns: right(rotary, columns + 1))
+
+
+def _removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = replay_module.starts
+
+    def starts(clean: Any, values: Any, rows: Any, removed: Tensor, *rest: Any) -> Any:
+        return right(clean, values, rows, torch.zeros_like(removed), *rest)
+
+    monkeypatch.setattr(replay_module, "starts", starts)
+
+
+def _has_the_other_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Replayed.delta_loss.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(Replayed, "delta_loss", property(lambda self: [-change for change in right(self)]))
+
+
+def _breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starts(*_: Any) -> Any:
+        raise FloatingPointError("loss is nan at position 3")
+
+    monkeypatch.setattr(replay_module, "starts", starts)
+
+
+@pytest.mark.parametrize(
+    "broken", [_sees_later_keys, _is_one_position_off, _removes_nothing, _has_the_other_sign, _breaks]
+)
+def test_a_broken_replay(
+    checkpoint: Callable[[str], Path],
+    olmoe: HookedMoE,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    broken(monkeypatch)
+    assert failed(verify(olmoe, checkpoint("olmoe"), **text())) == {"replay"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_broken_replay_in_half_precision(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    _has_the_other_sign(monkeypatch)
+    model = load(checkpoint, "olmoe", dtype)
+    assert "replay" in failed(verify(model, checkpoint("olmoe"), **text()))
+
+
+def test_replay_is_of_the_ablations_that_hooked_passes_made(
+    checkpoint: Callable[[str], Path], olmoe: HookedMoE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one position of four documents, an expert in each of three layers; and no full passes but the two a layer, the
+    clean ones of all documents and of the four, the one afterwards, and that of the decomposition."""
+    replayed: list[tuple[list[int], int, list[int]]] = []
+    right = checks_module.replay
+
+    def replay(clean: CleanRun, branches: Any, *, rows: Tensor, **how: Any) -> Replayed:
+        replayed.append(
+            ([of.layer for of in branches], len(rows), [int(of.removed.sum()) for of in branches])
+        )
+        return right(clean, branches, rows=rows, **how)
+
+    passes = 0
+    forward = olmoe.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(checks_module, "replay", replay)
+    monkeypatch.setattr(olmoe, "forward", counted)
+    assert verify(olmoe, checkpoint("olmoe"), **text()).passed
+    assert replayed == [([0, 1, 2], 1, [1, 1, 1])] * 4
+    assert passes == 1 + 1 + 2 * 3 + 1 + 1
 
 
 def test_an_intervention_that_stays(checkpoint: Callable[[str], Path], olmoe: HookedMoE) -> None:
