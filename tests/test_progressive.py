@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +17,11 @@ import pytest
 import torch
 
 from moe_lens import HookedMoE, audit
+from moe_lens.audit.census_plan import Documents
 from moe_lens.audit.progressive import Progressive, progressive
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.expert_reference import expert_reference
+from moe_lens.routing.contributions import corpus_of
 from tests.families import FAMILIES, prompts
 from tests.reference_census import cumulative_rows, expert_means
 
@@ -111,6 +117,169 @@ def test_a_sample_is_some_of_the_rows(model_of: Load) -> None:
     assert not other[["document", "position"]].equals(rows[["document", "position"]])
 
 
+def uneven(model: Any) -> tuple[Documents, torch.Tensor, torch.Tensor]:
+    """Documents with 8, 2, 4 and 0 positions that have a next token, padded on either side."""
+    tokens, mask = prompts(batch=4, length=9)[0], torch.zeros(4, 9, dtype=torch.long)
+    mask[0, :], mask[1, :3], mask[2, 4:], mask[3, 8:] = 1, 1, 1, 1
+    return Documents.of(model, corpus_of(model, tokens, mask, 8)), tokens, mask
+
+
+def eligible_by_hand(mask: torch.Tensor, min_context: int) -> list[list[int]]:
+    """Of each document the places whose next token is predicted from at least so many, counted one by one."""
+    return [
+        [place for place in range(int(row.sum()) - 1) if len(range(place + 1)) >= min_context] for row in mask
+    ]
+
+
+@pytest.mark.parametrize("min_context", [0, 1, 2, 4, 5, 8])
+def test_context_is_what_the_prediction_sees(model_of: Load, min_context: int) -> None:
+    documents, tokens, mask = uneven(model_of("mixtral"))
+    chosen = documents.sampled(None, 0, min_context=min_context)
+    assert [places.tolist() for places in chosen] == eligible_by_hand(mask, min_context)
+    found = progressive(model_of("mixtral"), tokens, attention_mask=mask, layers=0, min_context=min_context)
+    # Real tokens up to and with the position itself.
+    seen = mask.cumsum(dim=1)
+    rows = found.rows[found.rows["removed"] == 1]
+    assert sorted(zip(rows["document"], rows["position"], strict=True)) == [
+        (row, column)
+        for row, column in itertools.product(range(4), range(8))
+        if mask[row, column] and mask[row, column + 1] and seen[row, column] >= min_context
+    ]
+
+
+@pytest.mark.parametrize(("per_document", "min_context"), [(1, 0), (1, 3), (3, 0), (2, 2), (100, 0)])
+def test_a_draw_within_documents_is_as_stated(model_of: Load, per_document: int, min_context: int) -> None:
+    """Every possible draw is listed with its probability, and simulated."""
+    documents, _, mask = uneven(model_of("mixtral"))
+    eligible = eligible_by_hand(mask, min_context)
+    n, n_draws = 2, 4000
+    expected: Counter[Any] = Counter()
+    options = [list(itertools.combinations(places, min(per_document, len(places)))) for places in eligible]
+    for given in itertools.product(*options):
+        left = [(document, place) for document, places in enumerate(given) for place in places]
+        draws = list(itertools.combinations(left, n))
+        for draw in draws:
+            expected[draw] += 1 / math.prod(map(len, options)) / len(draws)
+    assert sum(expected.values()) == pytest.approx(1)
+    drawn: Counter[Any] = Counter()
+    for seed in range(n_draws):
+        chosen = documents.sampled(n, seed, per_document=per_document, min_context=min_context)
+        assert all(len(places) <= per_document for places in chosen)
+        drawn[tuple((d, place) for d, places in enumerate(chosen) for place in places.tolist())] += 1
+    assert set(drawn) <= set(expected)
+    for draw, probability in expected.items():
+        deviation = math.sqrt(n_draws * probability * (1 - probability))
+        assert abs(drawn[draw] - n_draws * probability) < 5 * deviation, draw
+    again = documents.sampled(n, 7, per_document=per_document, min_context=min_context)
+    for one, other in zip(
+        again, documents.sampled(n, 7, per_document=per_document, min_context=min_context), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_one_of_each_document(model_of: Load) -> None:
+    documents, tokens, mask = uneven(model_of("mixtral"))
+    for seed in range(5):
+        assert list(map(len, documents.sampled(None, seed, per_document=1))) == [1, 1, 1, 0]
+        assert list(map(len, documents.sampled(None, seed, per_document=3, min_context=3))) == [3, 0, 2, 0]
+        # No limit draws as before there was one.
+        for one, other in zip(
+            documents.sampled(5, seed), documents.sampled(5, seed, min_context=1), strict=True
+        ):
+            assert torch.equal(one, other)
+    found = progressive(model_of("mixtral"), tokens, attention_mask=mask, n=2, per_document=1, seed=3)
+    assert found.rows.groupby("document")["position"].nunique().tolist() == [1, 1]
+    every = progressive(model_of("mixtral"), tokens, attention_mask=mask)
+    both = every.rows.merge(found.rows, on=KEY, suffixes=("", "_sample"))
+    assert len(both) == len(found.rows) > 0
+    np.testing.assert_allclose(both["delta_loss"], both["delta_loss_sample"], atol=1e-5)
+
+
+def test_what_was_asked_of_a_sample_is_in_provenance(model_of: Load) -> None:
+    _, tokens, mask = uneven(model_of("mixtral"))
+    cases: list[tuple[dict[str, Any], Any]] = [
+        ({}, None),
+        ({"min_context": 0}, None),
+        ({"n": np.int64(2), "seed": 4}, {"n": 2, "seed": 4}),
+        ({"per_document": 1}, {"n": None, "seed": 0, "per_document": 1}),
+        ({"min_context": 3}, {"n": None, "seed": 0, "min_context": 3}),
+        (
+            {"n": 2, "per_document": np.int32(1), "min_context": np.int64(2)},
+            {"n": 2, "seed": 0, "per_document": 1, "min_context": 2},
+        ),
+    ]
+    for arguments, sample in cases:
+        of = progressive(model_of("mixtral"), tokens, attention_mask=mask, layers=0, **arguments).provenance
+        assert of["sample"] == sample
+        assert json.loads(json.dumps(of["sample"])) == sample
+
+
+def test_too_few_positions_are_counted(model_of: Load) -> None:
+    documents, _, _ = uneven(model_of("mixtral"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "n=20 positions are wanted, and the corpus has 14 with a next token$"),
+        (
+            {"min_context": 3},
+            "the corpus has 14 with a next token, 8 of them after min_context=3 tokens$",
+        ),
+        (
+            {"per_document": 3},
+            "has 14 with a next token, and per_document=3 leaves 8, of 3 documents$",
+        ),
+        (
+            {"per_document": 1, "min_context": 3},
+            "has 14 with a next token, 8 of them after min_context=3 tokens, and per_document=1 leaves 2, of 2 "
+            "documents$",
+        ),
+        (
+            {"min_context": 9},
+            "min_context=9 tokens are wanted before the one that is predicted, and no position of the corpus has so "
+            "many: its longest document has 9$",
+        ),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            documents.sampled(20, 0, **arguments)
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("how", ["zero", "resample"])
+def test_a_file_gives_back_everything(model_of: Load, tmp_path: Path, how: Any) -> None:
+    model, (tokens, mask) = model_of("olmoe"), prompts("right", batch=3)
+    reference = expert_reference(model, [(tokens, mask)]) if how == "resample" else None
+    made = progressive(
+        model, tokens, attention_mask=mask, how=how, reference=reference, seed=2, n=4, per_document=2
+    )
+    path = tmp_path / "progressive.parquet"
+    assert made.save(path) == path
+    loaded = Progressive.load(path)
+    pd.testing.assert_frame_equal(loaded.rows, made.rows, check_exact=True)
+    assert loaded.provenance == made.provenance
+    assert repr(loaded) == repr(made)
+    pd.testing.assert_frame_equal(loaded.to_frame(), made.to_frame(), check_exact=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["progressive.parquet"]
+
+
+def test_files_that_are_none(model_of: Load, tmp_path: Path) -> None:
+    made = progressive(model_of("olmoe"), prompts()[0], layers=0)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        made.save(tmp_path / "absent" / "progressive.parquet")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*absent.parquet"):
+        Progressive.load(tmp_path / "absent.parquet")
+    path = tmp_path / "some.parquet"
+    made.rows.to_parquet(path)
+    with pytest.raises(ValueError, match=r"some.parquet is no file of a progressive"):
+        Progressive.load(path)
+    audit.Audit(made.rows, {}).save(path)
+    with pytest.raises(ValueError, match=r"some.parquet is no file of a progressive"):
+        Progressive.load(path)
+    path.write_text("no table")
+    with pytest.raises(ValueError, match=r"some.parquet is no file of a progressive"):
+        Progressive.load(path)
+
+
 def test_memory_and_batches_change_no_number(model_of: Load) -> None:
     model, (tokens, mask) = model_of("deepseek_v2"), prompts("left", batch=3)
     large = progressive(model, tokens, attention_mask=mask).rows
@@ -169,6 +338,10 @@ def test_errors_come_before_any_run(model_of: Load, monkeypatch: pytest.MonkeyPa
         ({"layers": 99}, "99"),
         ({"n": 10_000}, "n=10000 positions are wanted"),
         ({"memory_budget": 0}, "memory_budget=0 must be positive"),
+        ({"per_document": 0}, "per_document=0 must be positive"),
+        ({"min_context": -1}, "min_context=-1 must be 0 or more"),
+        ({"min_context": 100}, "min_context=100 tokens are wanted"),
+        ({"per_document": 1, "n": 3}, "per_document=1 leaves 2, of 2 documents"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

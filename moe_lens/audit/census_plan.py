@@ -67,24 +67,65 @@ class Documents:
             columns = real.nonzero()[:, 0]
             yield (columns[1:] == columns[:-1] + 1).nonzero()[:, 0]
 
-    def sampled(self, n: int | None, seed: int) -> list[Int[Tensor, " n"]]:
+    def sampled(
+        self, n: int | None, seed: int, *, per_document: int | None = None, min_context: int = 0
+    ) -> list[Int[Tensor, " n"]]:
         """The tokens to be measured, of each document: all, or a uniform sample without replacement.
+
+        With `per_document` the draw has two steps: of each document with more than so many, so many are drawn
+        uniformly, the others give all they have; `n` of these are then drawn uniformly. So with `per_document=1`
+        every n documents that have a token to give are equally likely, and of each every such token; with more,
+        tokens of one document are still equally likely, and those of a long document less so than those of a short one.
+
+        Args:
+            n: how many; None is all that `per_document` leaves.
+            per_document: at most so many of a document; None is no limit.
+            min_context: tokens of the document before the one that is predicted, the measured token being the last
+                of them.
 
         Raises:
             ValueError: there are none, or fewer than n.
         """
-        every = list(self.measurable())
-        lengths = [len(places) for places in every]
-        total = sum(lengths)
+        measurable = list(self.measurable())
+        total = sum(map(len, measurable))
         if total == 0:
             raise ValueError("no position has a next token, so there is no loss to measure")
+        every = [places[places + 1 >= min_context] for places in measurable]
+        if not any(map(len, every)):
+            longest = max(int(real.sum()) for _, real in self.rows)
+            raise ValueError(
+                f"min_context={min_context} tokens are wanted before the one that is predicted, and no position of "
+                f"the corpus has so many: its longest document has {longest}"
+            )
+        n_eligible = sum(map(len, every))
+        if n is None and per_document is None:
+            return every
+        random = np.random.default_rng(seed)
+        if per_document is not None:
+            every = [_drawn(places, per_document, random) for places in every]
         if n is None:
             return every
-        if n > total:
-            raise ValueError(f"n={n} positions are wanted, and the corpus has {total} with a next token")
-        chosen = torch.zeros(total, dtype=torch.bool)
-        chosen[np.random.default_rng(seed).choice(total, n, replace=False)] = True
+        lengths = list(map(len, every))
+        if n > sum(lengths):
+            there = f"{total} with a next token"
+            if min_context > 0:
+                there += f", {n_eligible} of them after min_context={min_context} tokens"
+            if per_document is not None:
+                n_documents = sum(map(bool, lengths))
+                there += (
+                    f", and per_document={per_document} leaves {sum(lengths)}, of {n_documents} documents"
+                )
+            raise ValueError(f"n={n} positions are wanted, and the corpus has {there}")
+        chosen = torch.zeros(sum(lengths), dtype=torch.bool)
+        chosen[random.choice(sum(lengths), n, replace=False)] = True
         return [places[kept] for places, kept in zip(every, torch.split(chosen, lengths), strict=True)]
+
+
+def _drawn(places: Int[Tensor, " n"], at_most: int, random: np.random.Generator) -> Int[Tensor, " chosen"]:
+    """At most so many of a document's places, uniformly without replacement, in their order."""
+    if len(places) <= at_most:
+        return places
+    return places[np.sort(random.choice(len(places), at_most, replace=False))]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ For each token and layer the k heaviest active experts are changed together at t
 there, by exact replay: one branch for each k.
 
 Source: "From Observation to Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models"
-(arXiv:2606.10703), section 3 and appendix C; there at 500 sampled positions of a layer, here at all.
+(arXiv:2606.10703), section 3 and appendix C; there at 500 sampled positions of a layer, one of each text and each
+predicted from 32 to 256 tokens (`n=500, per_document=1, min_context=32`), here at all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from moe_lens.audit.census_document import Settings
 from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_summary import clustered_mean
+from moe_lens.audit.frame_file import read_frame, write_frame
 from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.branches import Change, How, heaviest_slots
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
@@ -35,7 +38,7 @@ from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.replay import Branches, replay
 from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.routing.arguments import positive_integer
+from moe_lens.routing.arguments import natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.runs import Mask
@@ -62,7 +65,8 @@ class Progressive:
             changes are then counted.
         provenance: of what this is: `model`, `revision`, `dtype`, `weights` (a fingerprint), `how` (with `reference`
             and `seed` where they matter), `scope`, `layers`, `removed`, `corpus`, `tokens` (a fingerprint),
-            `documents` (their names, where they have some), `sample`, `versions`, `seconds`.
+            `documents` (their names, where they have some), `sample` (None, or `n` and `seed`, and where they were
+            given `per_document` and `min_context`), `versions`, `seconds`. JSON data.
     """
 
     rows: pd.DataFrame
@@ -97,6 +101,25 @@ class Progressive:
             lines.append(line)
         return pd.DataFrame(lines)
 
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one Parquet file, whole or not at all.
+
+        Raises:
+            FileNotFoundError: its folder does not exist.
+        """
+        return write_frame(path, self.rows, "progressive", {"provenance": dict(self.provenance)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Progressive:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is no such file, or of another format.
+        """
+        rows, facts = read_frame(path, "progressive")
+        return cls(rows, facts["provenance"])
+
 
 def progressive(
     model: HookedMoE,
@@ -108,6 +131,8 @@ def progressive(
     reference: ExpertReference | None = None,
     seed: int = 0,
     n: int | None = None,
+    per_document: int | None = None,
+    min_context: int = 0,
     max_removed: int | None = None,
     memory_budget: int = 2**30,
     batch_size: int = 8,
@@ -127,7 +152,12 @@ def progressive(
         reference: what `mean` and `resample` read (`expert_reference(model, batches)`).
         seed: of `resample`'s draws and of the sample of positions.
         n: a sample of so many positions, uniform over the corpus without replacement, the same for all layers;
-            None is all.
+            None is all, or all that the next two leave.
+        per_document: at most so many positions of a document. They are drawn first, uniformly from each document's,
+            and the `n` from those: with 1, `n` documents are drawn and a position of each, as in the source, and a
+            position of a long document is less likely than one of a short. None is no limit.
+        min_context: only positions whose prediction is made from at least so many tokens of the document, the
+            position's own and those before it; the source's is 32.
         max_removed: the largest k; None is K - 1.
         memory_budget: bytes for the branches at work.
         batch_size: rows of tokens given as one tensor, at a time; it changes no number.
@@ -151,9 +181,11 @@ def progressive(
     most = _most_removed(model, how, max_removed)
     settings.change.check_model(model, settings.layers)
     n = None if n is None else positive_integer(n, "n")
+    per_document = None if per_document is None else positive_integer(per_document, "per_document")
+    min_context = natural_number(min_context, "min_context")
     corpus = corpus_of(model, tokens_or_batches, attention_mask, batch_size)
     documents = Documents.of(model, corpus)
-    positions = documents.sampled(n, seed)
+    positions = documents.sampled(n, seed, per_document=per_document, min_context=min_context)
     plan = _plan(model, positions, settings, most)
     if verbose:
         print(f"progressive removal of the 1 to {most} heaviest experts")
@@ -180,11 +212,23 @@ def progressive(
         "corpus": corpus.description,
         "tokens": documents.fingerprint,
         "documents": documents.names,
-        "sample": None if n is None else {"n": n, "seed": seed},
+        "sample": _sample(n, seed, per_document, min_context),
         "versions": {name: version(name) for name in ("moe-lens", "torch", "transformers")},
         "seconds": time.monotonic() - started,
     }
     return Progressive(rows, provenance)
+
+
+def _sample(
+    n: int | None, seed: int, per_document: int | None, min_context: int
+) -> dict[str, int | None] | None:
+    """How positions are drawn, as provenance says it: with what was asked for and nothing else; None is all."""
+    sample = {"n": n, "seed": seed}
+    if per_document is not None:
+        sample["per_document"] = per_document
+    if min_context > 0:
+        sample["min_context"] = min_context
+    return None if n is None and len(sample) == 2 else sample
 
 
 def _most_removed(model: HookedMoE, how: How, max_removed: int | None) -> int:
