@@ -1,11 +1,25 @@
 """The settings of the published audit, by model, as data.
 
     preset = AUDIT_PRESETS["olmoe"]
-    texts = preset.corpus.choose(lines)  # of WikiText-2's raw test split
-    table = census(model, texts, layers=preset.layers)
+    corpus = preset_batches(model, preset.corpus_preset, prepend_bos=None)
+    table = census(model, corpus, layers=preset.layers)
+    metric_table = expert_metrics(model, corpus, layers=preset.layers)
     found = audit(table, metric_table, metrics=preset.metrics, layers=preset.layers, n=preset.n)
 
-`choose` gives whole lines; cutting them to `max_tokens` is up to whoever tokenises.
+    preset = PROGRESSIVE_PRESET
+    corpus = preset_batches(model, preset.corpus_preset, prepend_bos=None)
+    removal = progressive(
+        model,
+        corpus,
+        layers=preset.layers,
+        n=preset.n,
+        per_document=preset.per_document,
+        min_context=preset.min_context,
+    )
+
+`corpus_preset` names a recipe of `moe_lens.corpus_presets`, which says which lines of WikiText-2 are taken and where
+they are cut. It reads them from the Hugging Face hub; `documents=read_lines(file)` gives it those of a file instead.
+`prepend_bos=None` leaves special tokens to the tokenizer, as the released code does.
 
 Source: "From Observation to Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models"
 (arXiv:2606.10703), sections 2 and 3 and appendices A.3 and C, for layers, metrics and numbers of positions; its
@@ -19,19 +33,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_lens.audit.metric_formulas import PAPER_METRICS
-from moe_lens.corpus_presets import HubDataset
-
-WIKITEXT_2 = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text")
+from moe_lens.corpus_presets import PRESETS, WIKITEXT_2, CorpusPreset, HubDataset
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Which lines of a corpus are taken, each a document.
+    """Which lines of a corpus are taken, each a document: a corpus preset, for lines in hand.
 
     Attributes:
         longer_than: characters, without white space at the ends.
         first: so many of these; None is all.
-        min_tokens: before the position that is measured; None is no limit.
+        min_tokens: that a line has; None is no limit.
         max_tokens: a line is cut to so many.
         dataset: where the lines are.
     """
@@ -42,8 +54,37 @@ class Lines:
     max_tokens: int
     dataset: HubDataset = WIKITEXT_2
 
+    @classmethod
+    def of(cls, preset: CorpusPreset) -> Lines:
+        """Those of a corpus preset.
+
+        Raises:
+            ValueError: it takes no lines of a dataset in order, longer than so many characters and cut.
+        """
+        in_order = preset.n is None or preset.choice == "first"
+        if (
+            not isinstance(preset.dataset, HubDataset)
+            or preset.longer_than is None
+            or preset.max_length is None
+            or not in_order
+        ):
+            raise ValueError(
+                f"the corpus preset {preset.name!r} takes no lines of a dataset in their order, longer than so many "
+                f"characters and cut to so many tokens"
+            )
+        return cls(preset.longer_than, preset.n, preset.min_length, preset.max_length, preset.dataset)
+
     def choose(self, lines: Iterable[str]) -> list[str]:
-        """Those that are long enough in characters, as they are, in order."""
+        """Those that are long enough in characters, as they are, in order; tokens are up to whoever tokenises.
+
+        Raises:
+            ValueError: `min_tokens` and `first` together, which only a tokenizer can choose by.
+        """
+        if self.first is not None and self.min_tokens is not None:
+            raise ValueError(
+                f"the first {self.first} lines of at least {self.min_tokens} tokens cannot be told without a "
+                f"tokenizer; take preset_batches"
+            )
         return [line for line in lines if len(line.strip()) > self.longer_than][: self.first]
 
 
@@ -55,19 +96,28 @@ class AuditPreset:
         model: on the Hugging Face hub.
         layers: counted from 0, dense ones included.
         n: positions of each cell; None is all.
-        corpus: its lines.
+        corpus_preset: which lines, a name in `moe_lens.corpus_presets.PRESETS`.
         metrics: names in a `MetricTable`; none where nothing is ranked by a metric.
         drawn: how the released code draws positions. Here, `audit` draws uniformly without replacement.
         removed: how many of the heaviest experts are taken away together, where that is the experiment.
+        per_document: at most so many positions of a line are drawn; None is no limit. As in `progressive`.
+        min_context: tokens before the one that is predicted, at the positions that are drawn. As in `progressive`.
     """
 
     model: str
     layers: tuple[int, ...]
     n: int | None
-    corpus: Lines
+    corpus_preset: str
     metrics: tuple[str, ...]
     drawn: str
     removed: tuple[int, ...] = ()
+    per_document: int | None = None
+    min_context: int = 0
+
+    @property
+    def corpus(self) -> Lines:
+        """The lines of `corpus_preset`."""
+        return Lines.of(PRESETS[self.corpus_preset])
 
 
 _OLMOE, _QWEN, _DEEPSEEK = (
@@ -75,8 +125,7 @@ _OLMOE, _QWEN, _DEEPSEEK = (
     "Qwen/Qwen1.5-MoE-A2.7B",
     "deepseek-ai/DeepSeek-V2-Lite",
 )
-_AUDITED = Lines(longer_than=50, first=100, min_tokens=None, max_tokens=512)
-_REDISTRIBUTED = Lines(longer_than=100, first=200, min_tokens=None, max_tokens=256)
+_AUDITED, _REDISTRIBUTED = "causal-audit", "causal-audit-redistribution"
 _UNIFORM = "uniformly over positions, without replacement"
 _BY_LINE = "with replacement: a line uniformly, then a position of it but the first and the last, uniformly"
 
@@ -91,10 +140,12 @@ PROGRESSIVE_PRESET = AuditPreset(
     _OLMOE,
     (0, 1, 7, 8, 9, 15),
     500,
-    Lines(longer_than=100, first=None, min_tokens=32, max_tokens=256),
+    "causal-audit-progressive",
     (),
     "one position of each line, the lines shuffled",
     removed=(1, 2, 3, 4, 5, 6, 7),
+    per_document=1,
+    min_context=32,
 )
 """Tables 8 and 9."""
 
