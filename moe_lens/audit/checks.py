@@ -100,11 +100,14 @@ def their_run(
         reference.model.layers[layer].mlp.gate.register_forward_pre_hook(gate_sees(layer))
         for layer in model.cfg.moe_layers
     ]
+    labels = torch.full_like(tokens, -100)
+    # A document's first token is predicted from padding where that lies on the left: that is no loss.
+    labels[:, 1:] = torch.where(has_next, tokens[:, 1:], -100)
     try:
         out = reference(
             input_ids=tokens,
             attention_mask=real.long(),
-            labels=tokens.masked_fill(~real, -100),
+            labels=labels,
             use_cache=False,
         )
     finally:
