@@ -90,7 +90,7 @@ def test_lines_of_some_layers_or_of_a_frame(table: Progressive) -> None:
         plots.progressive_lines(table, layers=9)
     with pytest.raises(ValueError, match="this has no removed, n_rows"):
         plots.progressive_lines(table.to_frame()[["layer"]])
-    with pytest.raises(ValueError, match="this has no delta_loss_median$"):
+    with pytest.raises(ValueError, match=r"this has no delta_loss_median$"):
         plots.progressive_lines(table.to_frame().drop(columns="delta_loss_median"))
     with pytest.raises(ValueError, match="no rows to show"):
         plots.progressive_lines(table.to_frame().iloc[:0])
