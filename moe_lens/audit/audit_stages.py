@@ -24,6 +24,7 @@ from moe_lens.audit.metric_formulas import PAPER_METRICS
 from moe_lens.audit.metric_registry import find_metrics
 from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.metrics import expert_metrics
+from moe_lens.audit.paired_tests import check_levels
 from moe_lens.audit.progressive import Progressive, progressive
 from moe_lens.audit.redistribution import Redistribution, redistribution
 from moe_lens.audit.released_metrics import released_of
@@ -132,7 +133,7 @@ class AuditStages:
             if id(source) not in known:
                 known[id(source)] = GivenDocuments.of(model, source, name)
             chosen.append(known[id(source)])
-        stages = cls(model, settings, given, *chosen, folder, verbose)
+        stages = cls(model, settings, given, chosen[0], chosen[1], chosen[2], chosen[3], folder, verbose)
         stages._check()
         if folder is not None:
             folder.mkdir(exist_ok=True)
@@ -158,10 +159,14 @@ class AuditStages:
                 f"how={asked.how!r} must be one of {', '.join(_WITHOUT_REFERENCE)}; a census of another kind can be "
                 f"given instead"
             )
+        if not self.layers:
+            raise ValueError("the censuses that were given have no rows")
         find_metrics(asked.metrics)
         if asked.as_released:
             released_of(self.model, asked.as_released)
         natural_number(asked.seed, "seed")
+        positive_integer(asked.memory_budget, "memory_budget")
+        check_levels(asked.smallest_effect, asked.alpha)
         if 2 * positive_integer(asked.compare, "compare") > cfg.top_k:
             raise ValueError(
                 f"compare={asked.compare} needs {2 * asked.compare} active routed experts, and {cfg.model_name} has "
@@ -169,12 +174,9 @@ class AuditStages:
             )
         for one in self.given:
             self._check_given(one)
-        if asked.n is not None:
-            least = self._fewest_positions()
-            if positive_integer(asked.n, "n") > least:
-                raise ValueError(
-                    f"n={asked.n} positions are wanted for each cell, and the census has {least}"
-                )
+        least = self._fewest_positions()
+        if asked.n is not None and positive_integer(asked.n, "n") > least:
+            raise ValueError(f"n={asked.n} positions are wanted for each cell, and the census has {least}")
         if asked.progressive:
             if cfg.top_k == 1:
                 raise ValueError(
@@ -209,7 +211,9 @@ class AuditStages:
                 for one in self.given
                 for layer in one.layers
             )
-        return sum(map(len, self.of_census.documents.sampled(self.settings.positions, self.settings.seed)))
+        n = self.settings.positions
+        n = None if n is None else positive_integer(n, "positions")
+        return sum(map(len, self.of_census.documents.sampled(n, self.settings.seed)))
 
     @property
     def _n_progressive(self) -> int | None:

@@ -50,7 +50,8 @@ class ModelAudit:
         model: its name, from its config.
         model_type: its family.
         verification: against transformers. Where it failed there is nothing else.
-        audits: one for each scope and each set of definitions.
+        censuses: what the audits are of: those that were given, or one for each scope.
+        audits: one for each census and each set of definitions.
         progressive, redistribution: where asked for.
     """
 
@@ -58,6 +59,7 @@ class ModelAudit:
     model: str
     model_type: str
     verification: Verification
+    censuses: tuple[Census, ...] = ()
     audits: tuple[Audit, ...] = ()
     progressive: Progressive | None = None
     redistribution: Redistribution | None = None
@@ -136,6 +138,7 @@ def audit_model(
     ]
     return replace(
         found,
+        censuses=tuple(measured),
         audits=tuple(audits),
         progressive=stages.progressive() if asked.progressive else None,
         redistribution=stages.redistribution(measured) if asked.redistribution else None,
