@@ -412,6 +412,9 @@ def test_intervals_are_those_of_draws_gone_through_one_by_one(
             return np.array([[means[name][layer, expert] for expert in range(8)] for name in names])
 
         np.testing.assert_allclose(line["rho"], rho_of(*values(whole)), atol=1e-6)
+        df = line["n_experts"] - len(names)
+        t = line["rho"] * np.sqrt(df / (1 - line["rho"] ** 2))
+        np.testing.assert_allclose(line["p"], 2 * stats.t.sf(abs(t), df), rtol=1e-9)
         rhos = [rho_of(*values(means)) for means in of_draws]
         np.testing.assert_allclose(
             line[["low", "high"]].astype(float), interval(line["rho"], rhos), atol=1e-6
