@@ -91,13 +91,12 @@ def effect_forest(
             if len(rows):
                 first = label == of_verdict["label"].unique()[0]
                 y = _places(rows, tops, layers[label], most)
-                trace = _marks(rows, y, verdict, name, min(pixels, 7.0), first)
+                trace = _marks(rows, y, verdict, name, min(max(pixels, 5.0), 7.0), first)
                 figure.add_trace(trace, row=1, col=panel + 1)
     lay_out(figure, "Effect of each metric's choice, by layer", "", "", subtitle=_subtitle(shown))
     lay_out_chart(figure)
     figure.update_layout(height=round(pixels * ends) + 70 + 52, margin_l=8)
     legend_below_heading(figure, lines=3, panel_names=2)
-    figure.update_layout(legend_itemsizing="constant")
     _axes(figure, shown, tops, most, ends, len(labels), [-effect, effect, *(within or ())])
     _name_panels(figure, labels, layers)
     _behind(figure, within, tops, len(labels))

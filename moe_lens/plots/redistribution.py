@@ -83,7 +83,7 @@ def redistribution_chains(
     depth_axis(figure, places, relative)
     fit_axis(figure.update_yaxes, shown[["rho", "low", "high"]].to_numpy(float).ravel(), "linear")
     figure.update_yaxes(title_text="", col=2)
-    legend_below_heading(figure, lines=2, panel_names=2)
+    legend_below_heading(figure, lines=2 if len(labels) > 1 else 0, panel_names=2)
     for panel, (_, _, said) in enumerate(_CHAINS):
         figure.add_annotation(
             # Two lines, so that a narrow figure has room for both.
