@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_lens.commands import census, contributions, demo, verify
+from moe_lens.commands import audit, census, contributions, demo, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="moe-lens", description="A microscope for Mixture-of-Experts models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (verify, contributions, census, demo):
+    for command in (verify, contributions, census, audit, demo):
         command.add(commands)
     return parser
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+DEFAULT_CORPUS = "bundled-demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,7 +26,7 @@ def add_corpus(parser: argparse.ArgumentParser, seed_help: str) -> None:
     """`--corpus`, and which of its documents are taken and how much of them."""
     parser.add_argument(
         "--corpus",
-        default="bundled-demo",
+        default=DEFAULT_CORPUS,
         help="a preset's name, a .jsonl or text file, lines:FILE for a text file whose lines are documents, "
         "hf:NAME[:CONFIG[:SPLIT]], or PRESET@SOURCE for a preset's recipe on one of these (default: bundled-demo)",
     )

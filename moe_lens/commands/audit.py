@@ -1,0 +1,283 @@
+"""`moe-lens audit MODEL_OR_CENSUS...`: does any metric say which expert matters? Tables, and a page."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_lens.commands.options import (
+    DEFAULT_CORPUS,
+    DTYPES,
+    add_corpus,
+    add_memory_budget,
+    add_precision,
+    check_corpus_and_output,
+    corpus_of,
+    device_of,
+)
+
+if TYPE_CHECKING:
+    from moe_lens.audit.census_table import Census
+    from moe_lens.audit.model_audit import ModelAudit
+
+_BATCH_SIZE = 8
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="test whether metrics predict what ablating an expert does, with a census, controls and statistics",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL_OR_CENSUS",
+        help="a checkpoint directory, a hub id, 'mini', or the folder of a finished census; several are compared",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        metavar="MODEL",
+        help="of each census that is given, in their order (default: the model that the census names)",
+    )
+    add_corpus(
+        parser,
+        seed_help="of the choice of documents (default: the preset's, else 0), and of samples, draws and resampling "
+        "(default: 0)",
+    )
+    parser.add_argument(
+        "--metrics-corpus",
+        metavar="CORPUS",
+        help="what the metrics are of, as --corpus names it (default: the documents of the census)",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a folder for censuses, tables and the page"
+    )
+    _add_experiment(parser)
+    add_memory_budget(parser, 1.0)
+    add_precision(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", nargs="+", type=int, metavar="LAYER", help="default: every MoE layer")
+    parser.add_argument(
+        "--scope",
+        nargs="+",
+        choices=("token", "sequence"),
+        help="an expert is changed at one token, or wherever it is active in the document, or one after the other "
+        "(default: token)",
+    )
+    parser.add_argument(
+        "--how",
+        choices=("zero", "renormalize", "reroute"),
+        help="what becomes of the expert (default: zero); a census of another kind can be given instead",
+    )
+    parser.add_argument(
+        "--positions",
+        type=int,
+        metavar="N",
+        help="of the census, and of progressive removal: a uniform sample of so many (default: all)",
+    )
+    parser.add_argument(
+        "--cell-positions",
+        type=int,
+        metavar="N",
+        help="that are drawn of the census for each metric and layer, as published audits do (default: all)",
+    )
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help="default: all that are registered")
+    parser.add_argument(
+        "--as-released",
+        action="store_true",
+        help="audit also the published audit's four metrics as its released code computes them for the model's family",
+    )
+    parser.add_argument(
+        "--as-published",
+        action="store_true",
+        help="the published audit's settings for the model's family: layers, metrics, positions, and the lines of "
+        "WikiText-2's test split, or of --corpus",
+    )
+    parser.add_argument(
+        "--compare",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many highest experts with so many lowest (default: 1)",
+    )
+    parser.add_argument(
+        "--smallest-effect",
+        type=float,
+        metavar="D",
+        help="Cohen's d below which a metric counts for nothing (default: 0.1)",
+    )
+    parser.add_argument(
+        "--no-progressive", action="store_true", help="leave out the removal of several experts"
+    )
+    parser.add_argument("--no-redistribution", action="store_true", help="leave out that analysis")
+
+
+def run(options: argparse.Namespace) -> int:
+    from moe_lens.audit.audit_tables import AuditTables
+    from moe_lens.audit.census_shards import FolderInUse
+    from moe_lens.audit.metric_registry import find_metrics
+    from moe_lens.audit_page import audit_text, write_audit_page
+    from moe_lens.corpus_presets import corpus_kind
+
+    check_corpus_and_output(options)
+    if options.as_published and options.corpus != DEFAULT_CORPUS:
+        corpus_kind(f"causal-audit@{options.corpus}", text_field=options.text_field)
+    if options.metrics_corpus is not None:
+        corpus_kind(options.metrics_corpus)
+    find_metrics(options.metrics)
+    subjects = _subjects(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        # A model at a time is in memory.
+        audits = [_audit(subject, options) for subject in subjects]
+    except FolderInUse as error:
+        raise OSError(str(error)) from error
+    tables = AuditTables.of(audits)
+    tables.save(options.output)
+    page = write_audit_page(tables, options.output / "index.html")
+    print(audit_text(tables))
+    print(f"tables and page: {page.parent}")
+    return 0 if tables.passed else 1
+
+
+# ---- what is audited ----
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model, and its census where that is given.
+
+    Attributes:
+        label: of its own among the subjects.
+        checkpoint: where the model is.
+        census: finished, or None.
+    """
+
+    label: str
+    checkpoint: str
+    census: Census | None
+
+
+def _subjects(options: argparse.Namespace) -> list[_Subject]:
+    """Those of the command line, each with its label.
+
+    Raises:
+        ValueError: checkpoints without a census each, one argument twice, an option for what is there already.
+    """
+    from moe_lens.audit.census_table import Census
+
+    folders: dict[str, Path | None] = {given: _census_folder(given) for given in options.models}
+    if len(folders) < len(options.models):
+        raise ValueError(f"each model or census is given once, not {' '.join(options.models)}")
+    censuses = {given: Census.load(folder) for given, folder in folders.items() if folder is not None}
+    checkpoints = options.checkpoint or [str(one.provenance.get("model")) for one in censuses.values()]
+    if len(checkpoints) != len(censuses):
+        raise ValueError(
+            f"--checkpoint names {len(checkpoints)} models, and {len(censuses)} censuses are given; it is one for each"
+        )
+    if censuses and len(censuses) == len(folders):
+        for name in ("layers", "scope", "how"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name} is of a census that is to be made, and {next(iter(censuses))} is there already"
+                )
+    of_census: dict[str, str] = dict(zip(censuses, checkpoints, strict=True))
+    wheres: dict[str, str] = {given: of_census.get(given, given) for given in folders}
+    names = [_short(where) for where in wheres.values()]
+    return [
+        _Subject(
+            label=name if names.count(name) == 1 else given,
+            checkpoint=where,
+            census=censuses.get(given),
+        )
+        for (given, where), name in zip(wheres.items(), names, strict=True)
+    ]
+
+
+def _census_folder(given: str) -> Path | None:
+    """The folder of a census, also where it is what `moe-lens census` wrote around it; None: it is a model's."""
+    from moe_lens.audit.census_shards import HEADER
+
+    for folder in (Path(given), Path(given) / "census"):
+        if (folder / HEADER).is_file():
+            return folder
+    return None
+
+
+def _short(checkpoint: str) -> str:
+    """A hub id whole; of a folder, its last part."""
+    path = Path(checkpoint)
+    return path.resolve().name if path.is_dir() else checkpoint
+
+
+# ---- what is done ----
+
+
+def _audit(subject: _Subject, options: argparse.Namespace) -> ModelAudit:
+    from moe_lens.audit.model_audit import audit_model
+    from moe_lens.model.hooked_moe import HookedMoE
+
+    dtype = DTYPES.get(options.dtype)
+    if dtype is None and subject.census is not None:
+        dtype = DTYPES.get(str(subject.census.provenance.get("dtype")))
+    model = HookedMoE.from_pretrained(subject.checkpoint, dtype=dtype, device=device_of(options.device))
+    settings, corpora = _experiment(model, options)
+    print(f"{subject.label}: {corpora['census'].description}")
+    return audit_model(
+        model,
+        subject.checkpoint,
+        corpora["census"],
+        settings=settings,
+        metrics_corpus=corpora.get("metrics"),
+        progressive_corpus=corpora.get("progressive"),
+        redistribution_corpus=corpora.get("redistribution"),
+        censuses=() if subject.census is None else (subject.census,),
+        label=subject.label,
+        output=options.output / re.sub(r"[^A-Za-z0-9._-]+", "--", subject.label.strip("/.")),
+        verbose=True,
+    )
+
+
+def _experiment(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The settings, and the documents of each part that has its own."""
+    from moe_lens.audit.audit_settings import AuditSettings
+    from moe_lens.audit.paired_tests import SMALLEST_EFFECT
+
+    settings = AuditSettings(
+        layers=options.layers,
+        scopes=tuple(options.scope or ("token",)),
+        how=options.how or "zero",
+        positions=options.positions,
+        metrics=options.metrics,
+        as_released=options.as_released,
+        n=options.cell_positions,
+        compare=options.compare,
+        smallest_effect=SMALLEST_EFFECT if options.smallest_effect is None else options.smallest_effect,
+        progressive=not options.no_progressive,
+        redistribution=not options.no_redistribution,
+        seed=options.seed or 0,
+        memory_budget=int(options.memory_budget * 2**30),
+    )
+    corpora: dict[str, Any] = {}
+    if options.as_published:
+        from moe_lens.audit.as_published import as_published
+
+        settings, presets = as_published(model.cfg, settings)
+        for part, preset in presets.items():
+            lines = preset if options.corpus == DEFAULT_CORPUS else f"{preset}@{options.corpus}"
+            # The published runs leave special tokens to the tokenizer.
+            corpora[part] = corpus_of(model, options, _BATCH_SIZE, source=lines, prepend_bos=None)
+    else:
+        corpora["census"] = corpus_of(model, options, _BATCH_SIZE)
+    if options.metrics_corpus is not None:
+        corpora["metrics"] = corpus_of(
+            model, options, _BATCH_SIZE, source=options.metrics_corpus, n=None, text_field="text"
+        )
+    return settings, corpora
