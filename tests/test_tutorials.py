@@ -63,5 +63,10 @@ def _draws(source: str) -> bool:
         "embedding_line(",
         "token_projection(",
         "name_mover_maps(",
+        "effect_forest(",
+        "control_lines(",
+        "progressive_lines(",
+        "redistribution_chains(",
+        "scope_pairs(",
     )
     return last.startswith(figures) or last.endswith(".waterfall()")
