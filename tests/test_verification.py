@@ -204,6 +204,15 @@ def _removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay_module, "starts", starts)
 
 
+def _removes_nothing_at_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = replay_module.starts
+
+    def starts(clean: Any, values: Any, rows: Any, removed: Tensor, *rest: Any) -> Any:
+        return right(clean, values, rows, removed & (values.layer != 1), *rest)
+
+    monkeypatch.setattr(replay_module, "starts", starts)
+
+
 def _has_the_other_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Replayed.delta_loss.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(Replayed, "delta_loss", property(lambda self: [-change for change in right(self)]))
@@ -217,7 +226,15 @@ def _breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [_sees_later_keys, _is_one_position_off, _removes_nothing, _has_the_other_sign, _breaks]
+    "broken",
+    [
+        _sees_later_keys,
+        _is_one_position_off,
+        _removes_nothing,
+        _removes_nothing_at_one_layer,
+        _has_the_other_sign,
+        _breaks,
+    ],
 )
 def test_a_broken_replay(
     checkpoint: Callable[[str], Path],
