@@ -1,0 +1,341 @@
+"""The causal audit of one or more models as a page, and as a part of a page.
+
+    tables = AuditTables.of([audit_model(model, "mini", corpus)])
+    write_audit_page(tables, "audit.html")
+
+Verification stands on top, and a model that fails it has no result here. By default the page shows d, its interval,
+p-values after Holm's correction, and verdicts; all else opens on request. Every number of a result says of which row of
+which saved table it is (see `moe_lens.audit_page_numbers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moe_lens.audit.audit_tables import AuditTables
+from moe_lens.audit_page_experiments import (
+    POSITIVE_CONTROL,
+    Experiment,
+    answer,
+    experiments_of,
+    what_was_done,
+)
+from moe_lens.audit_page_figures import audit_figures, progressive_figure, redistribution_figure
+from moe_lens.audit_page_numbers import count_html, rows_of
+from moe_lens.audit_page_published import published_section
+from moe_lens.audit_page_tables import (
+    by_label,
+    columns_explained,
+    experiment_tables,
+    legend,
+    progressive_table,
+    redistribution_table,
+    verification_table,
+)
+from moe_lens.audit_page_text import audit_text
+from moe_lens.page import page_html, write_page
+
+__all__ = ["AUDIT_CSS", "audit_page_html", "audit_section", "audit_text", "write_audit_page"]
+
+AUDIT_CSS = """
+h4 { font-size: 14px; margin: 22px 0 4px; }
+h4 .kind, .kind { color: var(--muted); font-weight: 400; font-size: 12.5px; }
+ul.done { padding-left: 1.2em; max-width: 60em; } ul.done li { margin: 4px 0; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 22px; padding: 0; margin: 8px 0 4px;
+  font-size: 13px; color: var(--muted); }
+.valid { --mark: "▶"; --tint: #d3e6f5; --on: #0a4f80; }
+.inverted { --mark: "◀"; --tint: #fbdcc8; --on: #8f3c00; }
+.disagreement { --mark: "✕"; --tint: #e4dbf0; --on: #4a2d78; }
+.equivalent { --mark: "●"; --tint: #f0f3f6; --on: #4d5a67; }
+.inconclusive { --mark: "○"; --tint: transparent; --on: #8a5d00; }
+.chip { background: var(--tint); color: var(--on); border-radius: 4px; padding: 1px 7px; }
+.chip::before { content: var(--mark) " "; font-size: 9px; }
+.card b span { font-size: inherit; color: inherit; }
+.figures + .wide { margin-top: 12px; }
+p [data-row] { white-space: nowrap; }
+table.grid { font-size: 12px; width: auto; min-width: 60%; }
+table.grid th, table.grid td { padding: 3px 5px; }
+table.grid thead th { position: sticky; top: 0; background: white; }
+table.grid tbody th { font-weight: 400; color: var(--ink); position: sticky; left: 0; background: white;
+  white-space: nowrap; font-size: 12px; }
+table.grid tr.apart:not(:first-child) > * { border-top: 2px solid var(--muted); }
+table.grid td.verdict { background: var(--tint); border: 1px solid white; }
+table.grid td.verdict a { color: var(--on); text-decoration: none; }
+table.grid td.verdict::after { content: var(--mark); color: var(--on); font-size: 8px; display: inline-block;
+  width: 11px; text-align: right; vertical-align: 1px; }
+table.rows { font-size: 13px; width: auto; min-width: 60%; }
+table.rows th, table.rows td { padding: 4px 12px; white-space: nowrap; }
+table.rows th.row { color: var(--muted); font-weight: 400; font-size: 12px; }
+table.rows td.verdict { color: var(--on); }
+table.rows td.verdict::before { content: var(--mark) " "; font-size: 9px; }
+table.rows td:nth-child(2) { position: sticky; left: 0; background: white; }
+table.rows tr:target > * { background: #fff4cf; }
+.interval { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.chains .interval { color: var(--muted); font-size: 11.5px; }
+.more { display: none; }
+details.all:has(> label input:checked) .more { display: table-cell; }
+details.all > label { font-size: 13px; color: var(--muted); }
+td a, p a { color: inherit; text-decoration-color: #b8c2cc; text-underline-offset: 3px; }
+td.check { white-space: nowrap; font-size: 13px; }
+td.check .bound { display: block; color: var(--muted); }
+td.check .good::before { content: "✓ "; } td.check .bad::before { content: "✕ "; }
+table.beside, table.contradictions, table.chains, .sides table { font-size: 13px; }
+table.beside th, table.beside td, table.chains th, table.chains td { padding: 4px 10px; }
+table.beside, table.chains { width: auto; min-width: 60%; }
+table.chains th, table.chains td { padding: 4px 6px; }
+table.beside .group { border-left: 2px solid var(--line); }
+table.beside thead th.number { white-space: normal; max-width: 9em; vertical-align: bottom; }
+table.beside thead th.group[colspan] { text-align: center; max-width: none; }
+table.beside tbody th, table.chains tbody th { font-weight: 400; color: var(--ink); white-space: nowrap; }
+.sides td { min-width: 12em; }
+pre { font-size: 12px; background: white; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
+  overflow-x: auto; }
+code { font-size: 0.92em; }
+"""
+"""The look of `audit_section`, beyond what all pages share."""
+
+_FILES = (
+    "Every number here is of a row of a saved table, and a full row begins with its number, from 0: <code>#17</code> "
+    "of the audit is row 17 of <code>audit.parquet</code>. The others are <code>verification.parquet</code>, "
+    "<code>progressive.parquet</code>, <code>redistribution.parquet</code> and <code>published.parquet</code>. In the "
+    "page’s source each number has its row and column as <code>data-row</code> and <code>data-column</code>; a count "
+    "has what it counts as <code>data-where</code>."
+)
+
+
+def write_audit_page(tables: AuditTables, path: str | Path) -> Path:
+    """Write the page. It needs no other file.
+
+    Args:
+        tables: of one or more models; `tables.save(folder)` writes the rows that the page refers to.
+        path: of the page.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    return write_page(audit_page_html(tables), path)
+
+
+def audit_page_html(tables: AuditTables) -> str:
+    """The page as text; see `write_audit_page`."""
+    experiments = experiments_of(tables)
+    of = tables.labels[0] if len(tables.labels) == 1 else ""
+    title = f"Does any metric say which experts{f' of {of}' if of else ''} matter?"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if experiments:
+        parts += [_lead(experiments), _cards(tables)]
+    parts.append(_verification(tables))
+    if experiments:
+        parts += [
+            "<h2>The audit</h2>",
+            audit_section(tables),
+            published_section(tables, experiments),
+            _provenance(tables),
+        ]
+    return page_html(title, "\n".join(parts), css=AUDIT_CSS, figures=bool(experiments))
+
+
+def audit_section(tables: AuditTables) -> str:
+    """What the audit found, as HTML; the page must have plotly's script and `AUDIT_CSS`, and a heading above it.
+
+    Args:
+        tables: models that failed verification have no rows but those of their checks. Where all did, this says so.
+    """
+    experiments = experiments_of(tables)
+    if not experiments:
+        return '<p class="bad">No model passed verification, so there is no result.</p>'
+    parts = [*map(answer, experiments), f'<p class="note">{_FILES}</p>']
+    parts.append(audit_figures(tables, experiments))
+    parts += [
+        "<h3>Every metric at every layer</h3>",
+        "<p>Cohen’s d of the paired difference: what ablating a token’s highest expert by the metric costs, less what "
+        "ablating its lowest costs. A verdict takes the t-test and the signed-rank test, both with documents as "
+        "clusters and corrected after Holm, and a test of equivalence. A number leads to its row.</p>",
+        legend(),
+    ]
+    for one in experiments:
+        parts.append(f"<h3>{escape(one.name)}</h3>{experiment_tables(one)}")
+    parts += [columns_explained(), _progressive(tables), _redistribution(tables)]
+    return "\n".join(filter(None, parts))
+
+
+# ---- the top ----
+
+
+def _lead(experiments: Sequence[Experiment]) -> str:
+    done = "".join(f"<li>{what_was_done(one)}</li>" for one in experiments)
+    return f"""<p class="lead">At each position the experts at work are ranked by a metric, and what ablating the
+highest does to the loss is compared with what ablating the lowest does. A metric is valid at a layer if the difference
+is reliably positive.</p>
+<ul class="done lead">{done}</ul>"""
+
+
+def _cards(tables: AuditTables) -> str:
+    rows = rows_of("audit", tables.audit)
+    n_passed = sum(one["passed"] for one in tables.provenance)
+    metrics = {"family": "metrics"}
+    control = {"family": "control", "metric": POSITIVE_CONTROL}
+
+    def count(where: Mapping[str, Any]) -> str:
+        return count_html("audit", rows, where)
+
+    verified = f"{n_passed} of {len(tables.labels)}"
+    cards = [(verified, "models passed verification", "good" if tables.passed else "bad")]
+    if any(row["family"] == "metrics" for row in rows):
+        cards += [
+            (
+                f"{count({**metrics, 'verdict': 'valid'})} of {count(metrics)}",
+                "cells of metrics are valid",
+                "",
+            ),
+            (count({**metrics, "verdict": "equivalent"}), "are shown to be equivalent to no effect", ""),
+            (count({**metrics, "verdict": "inconclusive"}), "are inconclusive", ""),
+        ]
+    seen = [
+        row["verdict"] == "valid" for row in rows if (row["family"], row["metric"]) == tuple(control.values())
+    ]
+    if seen:
+        cards.append(
+            (
+                f"{count({**control, 'verdict': 'valid'})} of {count(control)}",
+                "cells of the positive control are valid",
+                "good" if all(seen) else "bad" if not any(seen) else "",
+            )
+        )
+    boxes = [
+        f'<div class="card"><b class="{kind}">{value}</b><span>{text}</span></div>'
+        for value, text, kind in cards
+    ]
+    return f'<div class="cards">{"".join(boxes)}</div>'
+
+
+def _verification(tables: AuditTables) -> str:
+    failed = [one["label"] for one in tables.provenance if not one["passed"]]
+    said = [
+        f'<p><b class="bad">{escape(label)} failed verification: it is not the model that transformers runs, or an '
+        f"intervention does not do what it says. No result of it is shown.</b></p>"
+        for label in failed
+    ]
+    on = "; ".join(
+        f"{escape(one['label'])} in {escape(str(one['verified']['dtype']))} on {one['verified']['n_tokens']:,} tokens "
+        f"of {one['verified']['n_documents']:,} documents"
+        for one in tables.provenance
+    )
+    return f"""<h2>Is this the model?</h2>
+<p>The same tokens through transformers’ model and through the hooked one, and interventions that must do what they
+say: {on}.</p>
+{"".join(said)}
+{verification_table(tables)}"""
+
+
+# ---- beyond one expert at a time ----
+
+
+def _progressive(tables: AuditTables) -> str:
+    if tables.progressive.empty:
+        return ""
+    rows = by_label(rows_of("progressive", tables.progressive))
+    parts = [
+        "<h3>The heaviest experts together</h3>",
+        "<p>The k heaviest active experts of a token are changed together there. The mean is of a distribution with "
+        "heavy tails, so beside it stand the median, which says what becomes of most tokens, and the 95th percentile."
+        "</p>",
+    ]
+    for label, of_label in rows.items():
+        parts.append(f"<h4>{escape(label)}</h4>" if len(tables.labels) > 1 else "")
+        parts += [progressive_figure(tables, label), progressive_table(of_label)]
+    return "\n".join(parts)
+
+
+def _redistribution(tables: AuditTables) -> str:
+    if tables.redistribution.empty:
+        return ""
+    rows = by_label(rows_of("redistribution", tables.redistribution))
+    parts = [
+        "<h3>What the other experts make up for</h3>",
+        "<p>Spearman’s ρ over the experts of a layer, of means over the tokens where each is active. The gap norm is "
+        "how far the layer’s output moves without the expert; the relative compensation is how much of the lost vector "
+        "the rest of the layer still writes. Intervals are over documents drawn anew; those over experts drawn anew, "
+        "which are wider, are among all columns.</p>",
+        redistribution_figure(tables),
+    ]
+    for label, of_label in rows.items():
+        parts.append(f"<h4>{escape(label)}</h4>" if len(tables.labels) > 1 else "")
+        parts.append(redistribution_table(of_label))
+    return "\n".join(parts)
+
+
+# ---- what this is of ----
+
+_LONG = (
+    "documents",
+    "definitions",
+    "audits",
+    "progressive",
+    "redistribution",
+    "census",
+    "metric_table",
+    "asked",
+)
+
+
+def _provenance(tables: AuditTables) -> str:
+    parts = ["<h2>What this is of</h2>"]
+    for one in tables.provenance:
+        parts.append(f"<h3>{escape(one['label'])}</h3>")
+        parts.append(_facts({name: one[name] for name in ("model", "model_type", "verified")}))
+        stages: list[tuple[str, Mapping[str, Any] | None]] = []
+        for found in one["audits"]:
+            kind = f"{found.get('scope')} scope"
+            stages += [
+                (f"Audit, {kind}", found),
+                (f"Census, {kind}", found.get("census")),
+                (f"Metrics, {kind}", found.get("metric_table")),
+            ]
+        stages += [(name.capitalize(), one[name]) for name in ("progressive", "redistribution")]
+        for name, facts in stages:
+            if facts is not None:
+                parts.append(f"<details><summary>{escape(name)}</summary>{_facts(facts)}</details>")
+    parts.append(
+        '<p class="note">Protocol, controls, progressive removal and redistribution as in “From Observation to '
+        "Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models” (arXiv:2606.10703), there at "
+        "a sample of positions.</p>"
+    )
+    return "\n".join(parts)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    listed = "".join(
+        f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{_fact(value)}</dd>"
+        for name, value in facts.items()
+        if value not in (None, "", [], {}) and name not in ("kind", *_LONG)
+    )
+    parts = [f'<dl class="facts">{listed}</dl>']
+    documents = facts.get("documents")
+    if documents:
+        names = escape(", ".join(map(str, documents)))
+        parts.append(f"<details><summary>All documents</summary><p>{names}</p></details>")
+    definitions = facts.get("definitions")
+    if definitions:
+        parts.append(f"<details><summary>Definitions</summary>{_facts(definitions)}</details>")
+    return "".join(parts)
+
+
+def _fact(value: Any) -> str:
+    """As HTML."""
+    if isinstance(value, Mapping):
+        return ", ".join(
+            f"{escape(str(name).replace('_', ' '))} {_fact(item)}" for name, item in value.items()
+        )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ", ".join(map(_fact, value))
+    return escape(str(value)) if value is not None else "none"

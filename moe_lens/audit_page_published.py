@@ -1,0 +1,202 @@
+"""Our numbers beside those of the published audit, and where that audit contradicts itself, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from moe_lens.audit.audit_tables import AuditTables
+from moe_lens.audit.published import CONTRADICTIONS, Contradiction, PublishedCell
+from moe_lens.audit_page_experiments import Experiment
+from moe_lens.audit_page_numbers import Row, rows_of, rows_table
+
+TITLES = {
+    1: "the metrics, OLMoE",
+    2: "the metrics, Qwen1.5-MoE",
+    3: "the metrics, DeepSeek-V2-Lite",
+    4: "the control, OLMoE",
+    5: "the control, Qwen1.5-MoE",
+    6: "the control, DeepSeek-V2-Lite",
+    7: "redistribution, Qwen1.5-MoE",
+    8: "progressive removal, OLMoE, means",
+    9: "progressive removal, OLMoE, tails",
+}
+_NAMES = {
+    "p_t": "p, t",
+    "p_wilcoxon": "p, ranks",
+    "mean": "mean, nats",
+    "median": "median, nats",
+    "p95": "95th percentile, nats",
+    "mean_gap_norm": "mean gap norm",
+    "rho": "ρ",
+}
+_NO_OURS = "not among these audits"
+Place = tuple[str, int, int]
+"""Metric, layer, and how many experts are removed."""
+
+
+def published_section(tables: AuditTables, experiments: Sequence[Experiment]) -> str:
+    """All of it; nothing where no audited model is one of the published audit's."""
+    rows = rows_of("published", tables.published)
+    if not rows:
+        return ""
+    kinds = {row.name: one.kind for one in experiments for row in one.rows}
+    parts = [
+        "<h2>Beside the published audit</h2>",
+        "<p>Its numbers beside ours, each of the same statistic: where the published test takes positions for "
+        "independent, so does the p of ours here. What still differs is said under each table.</p>",
+    ]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        of_label = [row for row in rows if row["label"] == label]
+        parts.append(f"<h3>{escape(label)}</h3>")
+        for number in dict.fromkeys(row["table"] for row in of_label):
+            parts.append(_table([row for row in of_label if row["table"] == number], int(number), kinds))
+        every = rows_table(of_label, list(of_label[0].values), anchors=True)
+        parts.append(f"<details><summary>All rows of {escape(label)}</summary>{every}</details>")
+        parts.append(_contradictions(of_label, kinds))
+    return "\n".join(parts)
+
+
+def _kind_of(row: Row, kinds: Mapping[str, str]) -> str:
+    """What column ours stands in."""
+    return kinds.get(row["ours_row"], "ours") if row["ours_row"] else ""
+
+
+def _table(rows: Sequence[Row], number: int, kinds: Mapping[str, str]) -> str:
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    ours = [kind for kind in dict.fromkeys(_kind_of(row, kinds) for row in rows) if kind]
+    by_place: dict[Place, dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        place = (row["metric"], int(row["layer"]), int(row["removed"]))
+        by_place.setdefault(place, {})[(row["quantity"], _kind_of(row, kinds))] = row
+    removed = any(k for _, _, k in by_place)
+    several = len({metric for metric, _, _ in by_place}) > 1
+    first = [*(["metric"] if several else []), "layer", *(["k"] if removed else [])]
+    top = "".join(f"<th rowspan=2{'' if name == 'metric' else ' class=number'}>{name}</th>" for name in first)
+    top += "".join(
+        f'<th class="number group" colspan={1 + max(len(ours), 1)}>{escape(_NAMES.get(str(name), str(name)))}</th>'
+        for name in quantities
+    )
+    names = "".join(f'<th class="number">{escape(_short(kind))}</th>' for kind in ours or ["ours"])
+    under = f'<th class="number group">paper</th>{names}' * len(quantities)
+    lines = []
+    for (metric, _, _), found in by_place.items():
+        some = next(iter(found.values()))
+        line = f'<th scope="row">{escape(metric)}</th>' if several else ""
+        line += some.cell("layer")
+        line += some.cell("removed") if removed else ""
+        line += "".join(_beside(found, quantity, ours) for quantity in quantities)
+        lines.append(f"<tr>{line}</tr>")
+    return f"""<h4>Table {number}: {escape(TITLES.get(number, ""))}</h4>
+<div class="wide"><table class="beside"><thead><tr>{top}</tr><tr>{under}</tr></thead>
+<tbody>{"".join(lines)}</tbody></table></div>
+{_what_each_is(rows, kinds)}"""
+
+
+def _short(kind: str) -> str:
+    return f"ours, {kind}" if kind != "ours" else kind
+
+
+def _beside(found: Mapping[tuple[str, str], Row], quantity: str, ours: Sequence[str]) -> str:
+    rows = {kind: row for (of, kind), row in found.items() if of == quantity}
+    if not rows:
+        return '<td class="group"></td>' + "<td></td>" * max(len(ours), 1)
+    first = next(iter(rows.values()))
+    cells = first.cell("published", css="group", like=_like(quantity))
+    for kind in ours or [""]:
+        row = rows.get(kind)
+        if row is None:
+            cells += f'<td class="number" title="{_NO_OURS}">–</td>'
+        else:
+            cells += row.cell(
+                "ours",
+                like=_like(quantity),
+                link=row["ours_row"].replace(":", "-"),
+                title=f"row {row['ours_row']}" if row["ours_row"] else _NO_OURS,
+            )
+    return cells
+
+
+def _like(quantity: str) -> str:
+    # The paper has three decimals of it.
+    return "mean" if quantity == "mean_gap_norm" else quantity
+
+
+def _what_each_is(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
+    """Definition, scope and sampling of each side: once where it is the same for all metrics."""
+    sides: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        _note(sides, "paper", row, "published")
+        if row["ours_row"]:
+            _note(sides, _short(_kind_of(row, kinds)), row, "ours")
+    lines = "".join(
+        f'<tr><th scope="row">{escape(side)}</th>'
+        + "".join(f"<td>{'<br>'.join(values.values())}</td>" for values in said.values())
+        + "</tr>"
+        for side, said in sides.items()
+    )
+    return f"""<details class="sides"><summary>Definition, scope and sampling of each</summary>
+<div class="wide"><table><thead><tr><th></th><th>scope</th><th>sampling</th><th>definition</th></tr></thead>
+<tbody>{lines}</tbody></table></div></details>"""
+
+
+def _note(sides: dict[str, dict[str, dict[str, str]]], side: str, row: Row, of: str) -> None:
+    """What a row says of its side, unless another row said the same."""
+    said = sides.setdefault(side, {"scope": {}, "sampling": {}, "definition": {}})
+    for name, texts in said.items():
+        metric = row["metric"] if name == "definition" and row["family"] == "metrics" else ""
+        of_metric = f"<code>{escape(metric)}</code>: " if metric else ""
+        texts.setdefault(f"{metric} {row[f'{of}_{name}']}", of_metric + row.html(f"{of}_{name}"))
+
+
+# ---- where it contradicts itself ----
+
+
+def _contradictions(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
+    """Those that are about this model's tables: what is said, and the cells that say otherwise."""
+    tables = {int(row["table"]) for row in rows}
+    parts = [
+        _contradiction(one, [cell for cell in one.cells if cell.table in tables], rows, kinds)
+        for one in CONTRADICTIONS
+        if any(cell.table in tables for cell in one.cells)
+    ]
+    if not parts:
+        return ""
+    return f"""<h4>Where the paper contradicts itself</h4>
+<p>Both sides are as published; ours is beside them.</p>
+<div class="wide"><table class="contradictions"><thead><tr><th>it says</th><th>its tables have</th><th>ours</th>
+<th>so</th></tr></thead><tbody>{"".join(parts)}</tbody></table></div>"""
+
+
+def _contradiction(
+    one: Contradiction, cells: Sequence[PublishedCell], rows: Sequence[Row], kinds: Mapping[str, str]
+) -> str:
+    printed, ours = [], []
+    for cell in cells:
+        at = f"<code>{escape(cell.metric)}</code> M{cell.layer}"
+        same = _rows_of_cell(rows, cell, one.column)
+        if not same:
+            printed.append(f"{at}: {escape(str(getattr(cell, one.column)))}")
+            continue
+        printed.append(f"{at}: {same[0].html('published', like=one.column)}")
+        for row in same:
+            kind = f' <span class="kind">{escape(_kind_of(row, kinds))}</span>' if len(same) > 1 else ""
+            ours.append(f"{at}: {row.html('ours', like=one.column)}{kind}")
+    claimed = f" ({', '.join(f'{value:g}' for value in one.claimed)})" if one.claimed else ""
+    name = escape(_NAMES.get(one.column, one.column))
+    return (
+        f"<tr><td>“{escape(one.said)}”{claimed}<br><span class=kind>{escape(one.where)}</span></td>"
+        f"<td>{name} in table {cells[0].table}:<br>{'<br>'.join(printed)}</td><td>{'<br>'.join(ours)}</td>"
+        f"<td>{escape(one.why)}</td></tr>"
+    )
+
+
+def _rows_of_cell(rows: Sequence[Row], cell: PublishedCell, column: str) -> list[Row]:
+    wanted: dict[str, Any] = {
+        "table": cell.table,
+        "metric": cell.metric,
+        "layer": cell.layer,
+        "quantity": column,
+    }
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
