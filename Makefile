@@ -47,4 +47,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV) report.html *.egg-info
+	rm -rf build dist $(VENV) report.html report-tables *.egg-info

@@ -1,5 +1,5 @@
-"""The main job on real text: verify a model, explain every routing decision over layers, count expert loads, and test
-every active expert at every token.
+"""The main job on real text: verify a model, explain every routing decision over layers, count expert loads, test every
+active expert at every token, and audit what is said to predict which of them matter.
 
 `moe-lens demo` and `make demo` run this and write what it gives as `report.html`.
 """
@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from moe_lens.audit.census import census
+from moe_lens.audit.audit_settings import AuditSettings
+from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit.census_document import Settings
 from moe_lens.audit.census_plan import CensusPlan, Documents
 from moe_lens.audit.census_table import Census
-from moe_lens.audit.verification import Verification, verify
+from moe_lens.audit.model_audit import ModelAudit, audit_model
+from moe_lens.audit.verification import Verification
 from moe_lens.census_page import LossChange, largest_changes, mean_by_rank
 from moe_lens.config import MoEConfig
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, bundled_documents, token_batches
@@ -37,9 +39,10 @@ COMPLETENESS_TOLERANCE = 1e-5
 # What of a document is read at most, in tokens, where the model's context is longer.
 _MAX_LENGTH = 512
 _BATCH_SIZE = 8
-_VERIFIED_DOCUMENTS = 4
 _CENSUS_FLOPS = 4e12
 """What a census of all positions may take, about; of a larger model there is one of a sample of them."""
+_PROGRESSIVE_POSITIONS = 4_000
+"""At which several experts are removed together, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,15 @@ class DemoResult:
 
     Attributes:
         cfg: the model's facts; `n_parameters` and `stored_dtype` are its checkpoint's.
-        verification: against transformers, on the first documents.
         contributions: over all documents.
         completeness_error: the largest over batches, routers and all ways of taking the sum (a cached batch at
             once, the stream, and the finer senders of `decisions`): max |sum of scores - logits| / max |logits|.
         load: of every expert.
         decisions: of a few documents, to look at one by one.
-        census: every active expert set to zero at one token, one at a time: at every position, or at a sample of them
-            where that would take too long.
+        audit: verification against transformers; then a census, in which every active expert is set to zero at one
+            token, one at a time, at every position, or at a sample of them where that would take too long; and the
+            audit of what predicts the census. A model that is not verified has no census and no audit.
+        tables: the audit's numbers.
         largest_changes: the rows of the census where the loss rises most, in their text.
         documents: one row each: `document`, `topic`, `tokens`, `loss` (nats per token).
         loss: the mean over all tokens that have a next one, in nats.
@@ -66,12 +70,12 @@ class DemoResult:
     cfg: MoEConfig
     n_parameters: int
     stored_dtype: torch.dtype
-    verification: Verification
     contributions: RoutingContributions
     completeness_error: float
     load: ExpertLoad
     decisions: RoutingDecisions
-    census: Census
+    audit: ModelAudit
+    tables: AuditTables
     largest_changes: list[LossChange]
     documents: pd.DataFrame
     loss: float
@@ -84,6 +88,16 @@ class DemoResult:
     def closes(self) -> bool:
         """Whether every router's scores summed to its logits."""
         return self.completeness_error <= COMPLETENESS_TOLERANCE
+
+    @property
+    def verification(self) -> Verification:
+        """Against transformers."""
+        return self.audit.verification
+
+    @property
+    def census(self) -> Census | None:
+        """None where verification failed."""
+        return self.audit.censuses[0] if self.audit.censuses else None
 
     @property
     def passed(self) -> bool:
@@ -126,21 +140,32 @@ class DemoResult:
             f"{expert}) to {self.load.shares.max():.1%} (layer {self.load.layers[layer_]}, expert {expert_}); even is "
             f"{self.load.uniform:.1%}"
         )
-        lines.append(self._census_line())
+        if self.census is not None:
+            lines += [self._census_line(self.census), self._audit_line()]
         lines.append(f"time: {self.seconds:.1f} s")
         return "\n".join(lines)
 
-    def _census_line(self) -> str:
-        by_rank = mean_by_rank(self.census)
+    def _census_line(self, census: Census) -> str:
+        by_rank = mean_by_rank(census)
         of_ranks = ", ".join(f"rank {rank} {change:+.2g}" for rank, change in by_rank.items())
-        sample = self.census.identity["sample"]
+        sample = census.identity["sample"]
         where = "every position" if sample is None else f"a sample of {sample['n']:,} positions"
         largest = self.largest_changes[0]
         return (
-            f"census: {len(self.census):,} ablations, each of one active expert at one token, at {where}; mean change "
+            f"census: {len(census):,} ablations, each of one active expert at one token, at {where}; mean change "
             f"of the loss in nats: {of_ranks}; largest: {largest.delta_loss:+.2f} ({largest.name} at position "
             f"{largest.position} of {largest.document})"
         )
+
+    def _audit_line(self) -> str:
+        cells = self.audit.audits[0].cells
+        parts = []
+        for family, what in (("metrics", "metrics"), ("control", "controls")):
+            of_family = cells.loc[cells["family"] == family]
+            counts = of_family["verdict"].value_counts()
+            named = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+            parts.append(f"of {len(of_family)} cells of {of_family['metric'].nunique()} {what}: {named}")
+        return f"audit, does a metric say which active expert matters at a token: {'; '.join(parts)}"
 
 
 def run_demo(
@@ -177,24 +202,28 @@ def run_demo(
     if corpus.n_tokens < MINIMUM_TOKENS:
         raise ValueError(f"the demo needs {MINIMUM_TOKENS} tokens; the documents have {corpus.n_tokens}")
 
-    batch = next(iter(corpus))
-    verification = verify(
-        hooked, model, batch.tokens[:_VERIFIED_DOCUMENTS], attention_mask=batch.mask[:_VERIFIED_DOCUMENTS]
+    n = _n_census_positions(hooked, corpus)
+    n_positions = corpus.n_tokens - len(corpus.documents) if n is None else n
+    found = audit_model(
+        hooked,
+        model,
+        corpus,
+        settings=AuditSettings(positions=n, progressive_positions=min(n_positions, _PROGRESSIVE_POSITIONS)),
+        verbose=verbose,
     )
     contributions, load, per_document, loss, error = _run_corpus(hooked, corpus)
     decisions = routing_decisions(hooked, corpus)
-    experts = census(hooked, corpus, n=_n_census_positions(hooked, corpus), verbose=verbose)
     return DemoResult(
         cfg=hooked.cfg,
         n_parameters=sum(parameter.numel() for parameter in hooked.parameters()),
         stored_dtype=_stored_dtype(model),
-        verification=verification,
         contributions=contributions,
         completeness_error=max(error, contributions.completeness_error, decisions.completeness_error),
         load=load,
         decisions=decisions,
-        census=experts,
-        largest_changes=largest_changes(hooked, corpus, experts),
+        audit=found,
+        tables=AuditTables.of([found]),
+        largest_changes=largest_changes(hooked, corpus, found.censuses[0]) if found.censuses else [],
         documents=per_document,
         loss=loss,
         n_tokens=corpus.n_tokens,

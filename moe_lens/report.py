@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from moe_lens.audit.checks import Check
+from moe_lens.audit_page import AUDIT_CSS, audit_section
 from moe_lens.census_page import CENSUS_CSS, census_section, what_was_done
 from moe_lens.demo import COMPLETENESS_TOLERANCE, DemoResult
 from moe_lens.page import HOW_TO_READ, MEASURES_NOTE, figure_html, page_html, stripes_html, table, write_page
@@ -30,16 +31,17 @@ def report_html(result: DemoResult) -> str:
     """The page as text."""
     body = f"""<h1>What decides the routing of {escape(result.cfg.model_name)}</h1>
 <p class="lead">Every router's scores, taken apart exactly into what the embedding and each attention and MoE layer
-wrote, over {result.n_tokens:,} tokens of {len(result.documents)} held-out documents; and what becomes of the loss
-without each expert that they chose.</p>
+wrote, over {result.n_tokens:,} tokens of {len(result.documents)} held-out documents; what becomes of the loss without
+each expert that they chose; and whether anything predicts it.</p>
 {_cards(result)}
 {_stripes_section(result)}
 {_load_section(result)}
 {routing_section(result.decisions)}
 {_census_section(result)}
+{_audit_section(result)}
 {_verification_section(result)}
 {_facts_section(result)}"""
-    return page_html(f"Routing of {result.cfg.model_name}", body, css=routing_css() + CENSUS_CSS)
+    return page_html(f"Routing of {result.cfg.model_name}", body, css=routing_css() + CENSUS_CSS + AUDIT_CSS)
 
 
 def _cards(result: DemoResult) -> str:
@@ -100,9 +102,22 @@ def _load_section(result: DemoResult) -> str:
 
 
 def _census_section(result: DemoResult) -> str:
+    if result.census is None:
+        return _NOT_VERIFIED
     return f"""<h2>What every expert does to the loss</h2>
 <p>{what_was_done(result.census)}</p>
 {census_section(result.census, result.largest_changes)}"""
+
+
+_NOT_VERIFIED = """<h2>No experiment</h2>
+<p class="bad">This is not the model that transformers runs (see below), so its experts were not tested.</p>"""
+
+
+def _audit_section(result: DemoResult) -> str:
+    if result.census is None:
+        return ""
+    return f"""<h2>Does any metric say which expert matters?</h2>
+{audit_section(result.tables)}"""
 
 
 def _verification_section(result: DemoResult) -> str:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from moe_lens import cli
-from moe_lens.corpus import Document
+from moe_lens import HookedMoE, cli
+from moe_lens.audit import audit, expert_metrics
+from moe_lens.audit.audit_tables import AuditTables
+from moe_lens.corpus import Document, TokenBatches, bos_by_default, token_batches
 from moe_lens.demo import DemoResult, run_demo
 from moe_lens.plots import load_heatmap, stripes
 from moe_lens.report import report_html, write_report
@@ -49,7 +52,10 @@ class _Tags(HTMLParser):
 
 def test_page_loads_nothing(page: str) -> None:
     tags = _Tags(page).tags
-    assert not [attributes for _, attributes in tags if attributes.get("src") or attributes.get("href")]
+    assert not [attributes for _, attributes in tags if attributes.get("src")]
+    # Links lead to places of the page itself.
+    links = {str(attributes["href"]) for _, attributes in tags if "href" in attributes}
+    assert links <= {f"#{attributes['id']}" for _, attributes in tags if "id" in attributes}
     assert not [tag for tag, _ in tags if tag in ("link", "iframe", "img", "object", "embed", "base")]
     assert "@import" not in page.split("<script>")[0]
     policies = [a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy"]
@@ -70,7 +76,7 @@ def _script_bodies(page: str) -> str:
 
 
 def test_page_shows_everything(result: DemoResult, page: str) -> None:
-    assert page.count('class="plotly-graph-div"') == 11
+    assert page.count('class="plotly-graph-div"') == 11 + 5  # with those of the audit
     for check in result.verification.checks:
         assert check.name in page
     assert f"{result.loss:.3f}" in page
@@ -92,7 +98,7 @@ def test_result(result: DemoResult) -> None:
     top = result.top_senders("ans", n=2)
     first, second = top["mean"].abs().tolist()
     assert first >= second
-    for word in ("nats per token", "variance", "aps", "ans", "expert load", "census:", "time:"):
+    for word in ("nats per token", "variance", "aps", "ans", "expert load", "census:", "audit, ", "time:"):
         assert word in result.summary()
     assert not replace(result, completeness_error=2e-5).passed
 
@@ -100,6 +106,7 @@ def test_result(result: DemoResult) -> None:
 def test_the_census_is_of_every_position(result: DemoResult, page: str) -> None:
     cfg = result.cfg
     n_positions = result.n_tokens - len(result.documents)
+    assert result.census is not None
     assert len(result.census) == n_positions * cfg.top_k * len(cfg.moe_layers)
     assert result.census.identity["sample"] is None
     assert f"census: {len(result.census):,} ablations" in result.summary()
@@ -113,6 +120,50 @@ def test_the_census_is_of_every_position(result: DemoResult, page: str) -> None:
     assert page.count("<mark>") == 1 + 10
     # The documents' names, in attributes here, hold markup too.
     assert 'title="&lt;script&gt;alert(&#x27;moe&#x27;)&lt;/script&gt; ' in page
+
+
+def test_the_audit_is_of_the_census(result: DemoResult, page: str) -> None:
+    (found,) = result.audit.audits
+    assert result.census is not None
+    table = expert_metrics(*_model_and_corpus(result))
+    pd.testing.assert_frame_equal(found.cells, audit(result.census, table).cells, check_exact=True)
+    assert set(found.cells.loc[found.cells["family"] == "control", "metric"]) == {
+        "routing_weight",
+        "first_order",
+    }
+    assert result.audit.progressive is not None
+    n_positions = result.n_tokens - len(result.documents)
+    assert result.audit.progressive.to_frame()["n_rows"].unique().tolist() == [min(n_positions, 4_000)]
+    assert result.tables.audit["d"].equals(found.cells["d"])
+    for verdict, n in found.cells.loc[found.cells["family"] == "metrics", "verdict"].value_counts().items():
+        assert f"{n} {verdict}" in result.summary()
+    for name in ("mean_gap_norm", "first_order"):
+        assert name in page
+
+
+def _model_and_corpus(result: DemoResult) -> tuple[HookedMoE, TokenBatches]:
+    model = HookedMoE.from_pretrained(result.audit.model, dtype=torch.float32, device="cpu", verbose=False)
+    return model, token_batches(
+        model,
+        corpus(),
+        batch_size=8,
+        max_length=min(512, model.cfg.n_ctx),
+        prepend_bos=bos_by_default(model),
+        truncate=True,
+    )
+
+
+def test_nothing_is_measured_without_verification(result: DemoResult) -> None:
+    check = replace(result.verification.checks[1], value=1.0)
+    failed = replace(result.audit, verification=replace(result.verification, checks=(check,)))
+    failed = replace(failed, censuses=(), audits=(), progressive=None, redistribution=None)
+    without = replace(result, audit=failed, tables=AuditTables.of([failed]), largest_changes=[])
+    assert not without.passed
+    assert "census:" not in without.summary()
+    assert "audit, " not in without.summary()
+    page = report_html(without)
+    assert "its experts were not tested" in page
+    assert page.count('class="plotly-graph-div"') == 11 - 4
 
 
 def test_a_large_model_is_sampled(hooked: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
