@@ -43,7 +43,7 @@ def as_published(cfg: MoEConfig, settings: AuditSettings) -> tuple[AuditSettings
         )
     preset = AUDIT_PRESETS[family]
     corpora = {"census": preset.corpus_preset}
-    layers = _layers(cfg, preset) if settings.layers is None else settings.layers
+    layers = _layers(cfg, preset, "audit") if settings.layers is None else settings.layers
     filled = replace(
         settings,
         layers=layers,
@@ -56,7 +56,7 @@ def as_published(cfg: MoEConfig, settings: AuditSettings) -> tuple[AuditSettings
         most = settings.progressive_positions
         filled = replace(
             filled,
-            progressive_layers=_layers(cfg, removal)
+            progressive_layers=_layers(cfg, removal, "progressive removal")
             if settings.progressive_layers is None
             else settings.progressive_layers,
             progressive_positions=removal.n if most is None else most,
@@ -69,17 +69,18 @@ def as_published(cfg: MoEConfig, settings: AuditSettings) -> tuple[AuditSettings
     if settings.redistribution and moved is not None:
         corpora["redistribution"] = moved.corpus_preset
         if settings.redistribution_layers is None:
-            filled = replace(filled, redistribution_layers=_layers(cfg, moved))
+            filled = replace(filled, redistribution_layers=_layers(cfg, moved, "redistribution"))
     else:
         filled = replace(filled, redistribution=False)
     return filled, corpora
 
 
-def _layers(cfg: MoEConfig, preset: AuditPreset) -> tuple[int, ...]:
+def _layers(cfg: MoEConfig, preset: AuditPreset, what: str) -> tuple[int, ...]:
     missing = [layer for layer in preset.layers if layer not in cfg.moe_layers]
     if missing:
+        or_without = "" if what == "audit" else ", or it can be left out"
         raise ValueError(
-            f"the published audit of {preset.model} is of layers {few(preset.layers)}, and {cfg.model_name} has no "
-            f"MoE layer {few(missing)}; layers of your own can be named"
+            f"the published {what} of {preset.model} is of layers {few(preset.layers)}, and {cfg.model_name} has no "
+            f"MoE layer {few(missing)}; layers of your own can be named{or_without}"
         )
     return preset.layers

@@ -28,6 +28,14 @@ _QUANTITIES = {"d": "d", "p_t": "p_t_plain", "p_wilcoxon": "p_wilcoxon_plain", "
 """Of published cells, and the column of `Audit.cells` that is computed in the same way."""
 _SCOPE = "the paper: at the one position; its released code: at every position of the text"
 _ROUTING_WEIGHT = "routing weight of the expert at the position"
+_IN_THE_PAPER = {
+    "mean_routing_weight": "the paper: mean routing weight over the tokens that select the expert"
+}
+"""Of the four metrics, what the paper says beyond the name."""
+_CONTROL_DRAWN = (
+    "with replacement: a line uniformly, then a position of it but the first and the last, uniformly"
+)
+"""The control's positions, in the released code of all three models; those of the metrics are in `AUDIT_PRESETS`."""
 
 
 def published_key(model: str, model_type: str) -> str | None:
@@ -71,6 +79,8 @@ def beside_published(
 
 
 def _cells(key: str, audit: pd.DataFrame, definitions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    if audit.empty:
+        audit = pd.DataFrame(columns=["family", "metric", "layer", "as_released"])
     for cell in published_cells(key).to_dict("records"):
         control = cell["family"] == "control"
         same = (
@@ -91,9 +101,10 @@ def _cells(key: str, audit: pd.DataFrame, definitions: Mapping[str, str]) -> Ite
                 "published": cell[quantity],
                 "published_definition": _ROUTING_WEIGHT
                 if control
-                else f"the paper names it; its released code: {RELEASED[key].definitions[cell['metric']]}",
+                else _published_definition(key, cell["metric"]),
                 "published_scope": _SCOPE,
-                "published_sampling": f"n = {cell['n']}, drawn {AUDIT_PRESETS[key].drawn}",
+                "published_sampling": f"n = {cell['n']}, drawn "
+                f"{_CONTROL_DRAWN if control else AUDIT_PRESETS[key].drawn}",
             }
             # `as_released` makes no difference to a control, which is the census's alone.
             ours = audit.loc[same & (audit["as_released"] == "")] if control else audit.loc[same]
@@ -111,6 +122,11 @@ def _cells(key: str, audit: pd.DataFrame, definitions: Mapping[str, str]) -> Ite
 
 
 _NONE = {"ours": math.nan, "ours_row": "", "ours_definition": "", "ours_scope": "", "ours_sampling": ""}
+
+
+def _published_definition(key: str, metric: str) -> str:
+    said = _IN_THE_PAPER.get(metric, "the paper names it")
+    return f"{said}; its released code: {RELEASED[key].definitions[metric]}"
 
 
 def _ours(row: Mapping[Any, Any], definitions: Mapping[str, str]) -> str:
