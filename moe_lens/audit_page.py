@@ -10,7 +10,7 @@ which saved table it is (see `moe_lens.audit_page_numbers`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moe_lens.audit_page_experiments import (
 )
 from moe_lens.audit_page_figures import audit_figures, progressive_figure, redistribution_figure
 from moe_lens.audit_page_numbers import count_html, rows_of
+from moe_lens.audit_page_provenance import provenance_section
 from moe_lens.audit_page_published import published_section
 from moe_lens.audit_page_tables import (
     by_label,
@@ -56,8 +57,8 @@ ul.done { padding-left: 1.2em; max-width: 60em; } ul.done li { margin: 4px 0; }
 .card b span { font-size: inherit; color: inherit; }
 .figures + .wide { margin-top: 12px; }
 p [data-row] { white-space: nowrap; }
-table.grid { font-size: 12px; width: auto; min-width: 60%; }
-table.grid th, table.grid td { padding: 3px 5px; }
+table.grid { font-size: 11.5px; width: auto; min-width: 60%; }
+table.grid th, table.grid td { padding: 3px 2px; }
 table.grid thead th { position: sticky; top: 0; background: white; }
 table.grid tbody th { font-weight: 400; color: var(--ink); position: sticky; left: 0; background: white;
   white-space: nowrap; font-size: 12px; }
@@ -65,7 +66,7 @@ table.grid tr.apart:not(:first-child) > * { border-top: 2px solid var(--muted); 
 table.grid td.verdict { background: var(--tint); border: 1px solid white; }
 table.grid td.verdict a { color: var(--on); text-decoration: none; }
 table.grid td.verdict::after { content: var(--mark); color: var(--on); font-size: 8px; display: inline-block;
-  width: 11px; text-align: right; vertical-align: 1px; }
+  width: 10px; text-align: right; vertical-align: 1px; }
 table.rows { font-size: 13px; width: auto; min-width: 60%; }
 table.rows th, table.rows td { padding: 4px 12px; white-space: nowrap; }
 table.rows th.row { color: var(--muted); font-weight: 400; font-size: 12px; }
@@ -87,9 +88,11 @@ table.beside th, table.beside td, table.chains th, table.chains td { padding: 4p
 table.beside, table.chains { width: auto; min-width: 60%; }
 table.chains th, table.chains td { padding: 4px 6px; }
 table.beside .group { border-left: 2px solid var(--line); }
-table.beside thead th.number { white-space: normal; max-width: 9em; vertical-align: bottom; }
+table.beside thead th.number, table.contradictions thead th.number {
+  white-space: normal; max-width: 9em; vertical-align: bottom; }
 table.beside thead th.group[colspan] { text-align: center; max-width: none; }
-table.beside tbody th, table.chains tbody th { font-weight: 400; color: var(--ink); white-space: nowrap; }
+table.beside tbody th, table.chains tbody th, table.contradictions tbody th {
+  font-weight: 400; color: var(--ink); white-space: nowrap; }
 .sides td { min-width: 12em; }
 pre { font-size: 12px; background: white; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
   overflow-x: auto; }
@@ -133,7 +136,7 @@ def audit_page_html(tables: AuditTables) -> str:
             "<h2>The audit</h2>",
             audit_section(tables),
             published_section(tables, experiments),
-            _provenance(tables),
+            provenance_section(tables),
         ]
     return page_html(title, "\n".join(parts), css=AUDIT_CSS, figures=bool(experiments))
 
@@ -266,76 +269,3 @@ def _redistribution(tables: AuditTables) -> str:
         parts.append(f"<h4>{escape(label)}</h4>" if len(tables.labels) > 1 else "")
         parts.append(redistribution_table(of_label))
     return "\n".join(parts)
-
-
-# ---- what this is of ----
-
-_LONG = (
-    "documents",
-    "definitions",
-    "audits",
-    "progressive",
-    "redistribution",
-    "census",
-    "metric_table",
-    "asked",
-)
-
-
-def _provenance(tables: AuditTables) -> str:
-    parts = ["<h2>What this is of</h2>"]
-    for one in tables.provenance:
-        parts.append(f"<h3>{escape(one['label'])}</h3>")
-        parts.append(_facts({name: one[name] for name in ("model", "model_type", "verified")}))
-        stages: list[tuple[str, Mapping[str, Any] | None]] = []
-        for found in one["audits"]:
-            kind = f"{found.get('scope')} scope"
-            stages += [
-                (f"Audit, {kind}", found),
-                (f"Census, {kind}", found.get("census")),
-                (f"Metrics, {kind}", found.get("metric_table")),
-            ]
-        stages += [(name.capitalize(), one[name]) for name in ("progressive", "redistribution")]
-        for name, facts in stages:
-            if facts is not None:
-                parts.append(f"<details><summary>{escape(name)}</summary>{_facts(facts)}</details>")
-    parts.append(
-        '<p class="note">Protocol, controls, progressive removal and redistribution as in “From Observation to '
-        "Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models” (arXiv:2606.10703), there at "
-        "a sample of positions.</p>"
-    )
-    return "\n".join(parts)
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    listed = "".join(
-        f"<dt>{escape(str(name).replace('_', ' '))}</dt><dd>{_fact(value)}</dd>"
-        for name, value in facts.items()
-        if value not in (None, "", [], {}) and name not in ("kind", *_LONG)
-    )
-    parts = [f'<dl class="facts">{listed}</dl>']
-    documents = facts.get("documents")
-    if documents:
-        names = escape(", ".join(map(str, documents)))
-        parts.append(f"<details><summary>All documents</summary><p>{names}</p></details>")
-    definitions = facts.get("definitions")
-    if definitions:
-        parts.append(f"<details><summary>Definitions</summary>{_facts(definitions)}</details>")
-    return "".join(parts)
-
-
-def _fact(value: Any) -> str:
-    """As HTML."""
-    if isinstance(value, Mapping):
-        return ", ".join(
-            f"{escape(str(name).replace('_', ' '))} {_fact(item)}" for name, item in value.items()
-        )
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(map(_fact, value))
-    return escape(str(value)) if value is not None else "none"

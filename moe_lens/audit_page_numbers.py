@@ -107,9 +107,13 @@ class Row:
         """What a link on the page leads to."""
         return f"{self.table}-{self.number}"
 
-    def shown(self, column: str, like: str | None = None) -> str:
-        """As text; `like` is a column that it is rounded as."""
-        return number_shown(self.values[column], column if like is None else like)
+    def shown(self, column: str) -> str:
+        """As text. Published numbers, and ours beside them, are rounded as what they are of."""
+        like = self.values["quantity"] if column in ("published", "ours") else column
+        # The paper has three decimals of it, as of means.
+        return number_shown(
+            self.values[column], "mean" if like == "mean_gap_norm" and like != column else like
+        )
 
     def html(
         self,
@@ -117,7 +121,6 @@ class Row:
         *,
         tag: str = "span",
         css: str = "",
-        like: str | None = None,
         link: str = "",
         title: str = "",
     ) -> str:
@@ -126,11 +129,10 @@ class Row:
         Args:
             tag: of the element.
             css: its classes.
-            like: a column that it is rounded as, if not as its own.
             link: the anchor that it leads to.
             title: what hovering says.
         """
-        text = self.shown(column, like)
+        text = self.shown(column)
         said = title or self._reason(column, text)
         attributes = f' data-row="{self.name}" data-column="{escape(column)}"'
         attributes += f' class="{css}"' if css else ""

@@ -103,7 +103,7 @@ def _beside(found: Mapping[tuple[str, str], Row], quantity: str, ours: Sequence[
     if not rows:
         return '<td class="group"></td>' + "<td></td>" * max(len(ours), 1)
     first = next(iter(rows.values()))
-    cells = first.cell("published", css="group", like=_like(quantity))
+    cells = first.cell("published", css="group")
     for kind in ours or [""]:
         row = rows.get(kind)
         if row is None:
@@ -111,16 +111,10 @@ def _beside(found: Mapping[tuple[str, str], Row], quantity: str, ours: Sequence[
         else:
             cells += row.cell(
                 "ours",
-                like=_like(quantity),
                 link=row["ours_row"].replace(":", "-"),
                 title=f"row {row['ours_row']}" if row["ours_row"] else _NO_OURS,
             )
     return cells
-
-
-def _like(quantity: str) -> str:
-    # The paper has three decimals of it.
-    return "mean" if quantity == "mean_gap_norm" else quantity
 
 
 def _what_each_is(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
@@ -156,40 +150,53 @@ def _note(sides: dict[str, dict[str, dict[str, str]]], side: str, row: Row, of: 
 def _contradictions(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
     """Those that are about this model's tables: what is said, and the cells that say otherwise."""
     tables = {int(row["table"]) for row in rows}
+    about = [(cell, one.column) for one in CONTRADICTIONS for cell in one.cells if cell.table in tables]
+    ours = [_kind_of(row, kinds) for cell, column in about for row in _rows_of_cell(rows, cell, column)]
+    ours = [kind for kind in dict.fromkeys(ours) if kind]
     parts = [
-        _contradiction(one, [cell for cell in one.cells if cell.table in tables], rows, kinds)
+        _contradiction(one, [cell for cell in one.cells if cell.table in tables], rows, kinds, ours)
         for one in CONTRADICTIONS
         if any(cell.table in tables for cell in one.cells)
     ]
     if not parts:
         return ""
+    heads = "".join(f'<th class="number">{escape(_short(kind))}</th>' for kind in ours)
     return f"""<h4>Where the paper contradicts itself</h4>
 <p>Both sides are as published; ours is beside them.</p>
-<div class="wide"><table class="contradictions"><thead><tr><th>it says</th><th>its tables have</th><th>ours</th>
-<th>so</th></tr></thead><tbody>{"".join(parts)}</tbody></table></div>"""
+<div class="wide"><table class="contradictions"><thead><tr><th>it says</th><th>but of</th><th class="number">it has</th>
+{heads}<th>so</th></tr></thead><tbody>{"".join(parts)}</tbody></table></div>"""
 
 
 def _contradiction(
-    one: Contradiction, cells: Sequence[PublishedCell], rows: Sequence[Row], kinds: Mapping[str, str]
+    one: Contradiction,
+    cells: Sequence[PublishedCell],
+    rows: Sequence[Row],
+    kinds: Mapping[str, str],
+    ours: Sequence[str],
 ) -> str:
-    printed, ours = [], []
-    for cell in cells:
-        at = f"<code>{escape(cell.metric)}</code> M{cell.layer}"
-        same = _rows_of_cell(rows, cell, one.column)
-        if not same:
-            printed.append(f"{at}: {escape(str(getattr(cell, one.column)))}")
-            continue
-        printed.append(f"{at}: {same[0].html('published', like=one.column)}")
-        for row in same:
-            kind = f' <span class="kind">{escape(_kind_of(row, kinds))}</span>' if len(same) > 1 else ""
-            ours.append(f"{at}: {row.html('ours', like=one.column)}{kind}")
+    """A line for each cell, between what is said and why that is wrong."""
     claimed = f" ({', '.join(f'{value:g}' for value in one.claimed)})" if one.claimed else ""
-    name = escape(_NAMES.get(one.column, one.column))
-    return (
-        f"<tr><td>“{escape(one.said)}”{claimed}<br><span class=kind>{escape(one.where)}</span></td>"
-        f"<td>{name} in table {cells[0].table}:<br>{'<br>'.join(printed)}</td><td>{'<br>'.join(ours)}</td>"
-        f"<td>{escape(one.why)}</td></tr>"
-    )
+    over = f" rowspan={len(cells)}"
+    said = f'<td{over}>“{escape(one.said)}”{claimed}<br><span class="kind">{escape(one.where)}</span></td>'
+    why = f"<td{over}>{escape(one.why)}</td>"
+    lines = []
+    for i, cell in enumerate(cells):
+        same = _rows_of_cell(rows, cell, one.column)
+        quantity = escape(_NAMES.get(one.column, one.column))
+        line = (
+            f'<th scope="row">{quantity} of {escape(cell.metric)}, M{cell.layer} <span class="kind">table '
+            f"{cell.table}</span></th>"
+        )
+        line += same[0].cell("published") if same else f"<th>{getattr(cell, one.column):g}</th>"
+        by_kind = {_kind_of(row, kinds): row for row in same}
+        line += "".join(
+            by_kind[kind].cell("ours", link=by_kind[kind]["ours_row"].replace(":", "-"))
+            if kind in by_kind
+            else "<td></td>"
+            for kind in ours
+        )
+        lines.append(f"<tr>{said if i == 0 else ''}{line}{why if i == 0 else ''}</tr>")
+    return "".join(lines)
 
 
 def _rows_of_cell(rows: Sequence[Row], cell: PublishedCell, column: str) -> list[Row]:

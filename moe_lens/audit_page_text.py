@@ -47,9 +47,9 @@ def _plain(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
-def _shown(row: Row, column: str, like: str | None = None) -> str:
+def _shown(row: Row, column: str) -> str:
     """With characters that every terminal has."""
-    return row.shown(column, like).replace("−", "-").replace("–", "-").replace("∞", "inf")
+    return row.shown(column).replace("−", "-").replace("–", "-").replace("∞", "inf")
 
 
 def _cut(text: object, width: int = _LONGEST_NAME) -> str:
@@ -154,10 +154,9 @@ def _published_table(rows: Sequence[Row], number: int, kinds: dict[str, str]) ->
         place = tuple(row[name] for name in ("metric", "layer", "removed", "quantity"))
         places.setdefault(place, []).append(row)
     for (metric, layer, removed, quantity), same in places.items():
-        like = "mean" if quantity == "mean_gap_norm" else str(quantity)
-        values = {_kind(row, kinds): _shown(row, "ours", like) for row in same}
+        values = {_kind(row, kinds): _shown(row, "ours") for row in same}
         line = f"{_cut(metric):<{_LONGEST_NAME}} {layer:>5} {removed or '':>2}  {quantity:<13} "
-        line += f"{_shown(same[0], 'published', like):>8}"
+        line += f"{_shown(same[0], 'published'):>8}"
         lines.append(line + "".join(f" {values.get(kind, '-'):>8}" for kind in ours))
     return "\n".join(lines)
 
