@@ -607,3 +607,10 @@ def test_the_page_is_written_where_there_is_a_folder(found: ModelAudit, tmp_path
     assert page.all("h1")[0].text == "Does any metric say which experts of tiny matter?"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_audit_page(tables, tmp_path / "missing" / "audit.html")
+
+
+def test_saved_tables_give_the_same(several: AuditTables, tmp_path: Path) -> None:
+    loaded = AuditTables.load(several.save(tmp_path))
+    assert audit_text(loaded) == audit_text(several)
+    shown = [[e.text for e in read(audit_section(tables)).all() if e.traced] for tables in (several, loaded)]
+    assert shown[0] == shown[1]
