@@ -22,7 +22,7 @@ from moe_lens.audit.audit_tables import TABLES, AuditTables
 from moe_lens.audit.model_audit import ModelAudit, audit_model
 from moe_lens.audit.published import CONTRADICTIONS
 from moe_lens.audit_page import AUDIT_CSS, audit_page_html, audit_section, audit_text, write_audit_page
-from moe_lens.audit_page_numbers import Row, number_shown
+from moe_lens.audit_page.numbers import Row, number_shown
 from tests.families import prompts
 
 METRICS = ("utilization_rate", "activation_norm", "mean_routing_weight", "activation_std", "random")

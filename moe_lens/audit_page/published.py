@@ -8,8 +8,8 @@ from typing import Any
 
 from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit.published import CONTRADICTIONS, Contradiction, PublishedCell
-from moe_lens.audit_page_experiments import Experiment
-from moe_lens.audit_page_numbers import Row, rows_of, rows_table
+from moe_lens.audit_page.experiments import Experiment
+from moe_lens.audit_page.numbers import Row, rows_of, rows_table
 
 TITLES = {
     1: "the metrics, OLMoE",

@@ -10,7 +10,7 @@ import pandas as pd
 from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit.published import published_cells
 from moe_lens.audit.published_beside import published_key
-from moe_lens.audit_page_experiments import POSITIVE_CONTROL, Experiment
+from moe_lens.audit_page.experiments import POSITIVE_CONTROL, Experiment
 from moe_lens.page import figure_html
 from moe_lens.plots import control_lines, effect_forest, progressive_lines, redistribution_chains, scope_pairs
 

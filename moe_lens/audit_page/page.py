@@ -5,7 +5,7 @@
 
 Verification stands on top, and a model that fails it has no result here. By default the page shows d, its interval,
 p-values after Holm's correction, and verdicts; all else opens on request. Every number of a result says of which row of
-which saved table it is (see `moe_lens.audit_page_numbers`).
+which saved table it is (see `moe_lens.audit_page.numbers`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.audit.audit_tables import AuditTables
-from moe_lens.audit_page_experiments import (
+from moe_lens.audit_page.experiments import (
     POSITIVE_CONTROL,
     Experiment,
     answer,
     experiments_of,
     what_was_done,
 )
-from moe_lens.audit_page_figures import audit_figures, progressive_figure, redistribution_figure
-from moe_lens.audit_page_numbers import count_html, rows_of
-from moe_lens.audit_page_provenance import provenance_section
-from moe_lens.audit_page_published import published_section
-from moe_lens.audit_page_tables import (
+from moe_lens.audit_page.figures import audit_figures, progressive_figure, redistribution_figure
+from moe_lens.audit_page.numbers import count_html, rows_of
+from moe_lens.audit_page.provenance import provenance_section
+from moe_lens.audit_page.published import published_section
+from moe_lens.audit_page.tables import (
     by_label,
     columns_explained,
     experiment_tables,
@@ -36,10 +36,9 @@ from moe_lens.audit_page_tables import (
     redistribution_table,
     verification_table,
 )
-from moe_lens.audit_page_text import audit_text
 from moe_lens.page import page_html, write_page
 
-__all__ = ["AUDIT_CSS", "audit_page_html", "audit_section", "audit_text", "write_audit_page"]
+__all__ = ["AUDIT_CSS", "audit_page_html", "audit_section", "write_audit_page"]
 
 AUDIT_CSS = """
 h4 { font-size: 14px; margin: 22px 0 4px; }

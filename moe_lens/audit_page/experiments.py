@@ -13,7 +13,7 @@ from typing import Any, cast
 import pandas as pd
 
 from moe_lens.audit.audit_tables import AuditTables
-from moe_lens.audit_page_numbers import Row, count_html, rows_of
+from moe_lens.audit_page.numbers import Row, count_html, rows_of
 
 VERDICTS = ("valid", "inverted", "disagreement", "equivalent", "inconclusive")
 """In the order in which they are told."""

@@ -7,8 +7,8 @@ from html import escape
 
 import moe_lens.audit.protocol as protocol
 from moe_lens.audit.audit_tables import AuditTables
-from moe_lens.audit_page_experiments import VERDICTS, Experiment, verdict_counts
-from moe_lens.audit_page_numbers import MISSING, Row, rows_of, rows_table
+from moe_lens.audit_page.experiments import VERDICTS, Experiment, verdict_counts
+from moe_lens.audit_page.numbers import MISSING, Row, rows_of, rows_table
 
 _FOUND = ("valid", "inverted", "disagreement")
 _MOST_FOUND = 24

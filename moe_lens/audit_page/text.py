@@ -6,15 +6,15 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_lens.audit.audit_tables import AuditTables
-from moe_lens.audit_page_experiments import (
+from moe_lens.audit_page.experiments import (
     POSITIVE_CONTROL,
     VERDICTS,
     Experiment,
     experiments_of,
     verdict_counts,
 )
-from moe_lens.audit_page_numbers import Row, rows_of
-from moe_lens.audit_page_published import TITLES
+from moe_lens.audit_page.numbers import Row, rows_of
+from moe_lens.audit_page.published import TITLES
 
 WIDTH = 110
 _LONGEST_NAME = 34
