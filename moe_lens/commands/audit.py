@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,11 @@ from moe_lens.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from moe_lens.audit.audit_settings import AuditSettings
     from moe_lens.audit.census_table import Census
     from moe_lens.audit.model_audit import ModelAudit
+    from moe_lens.config import MoEConfig
+    from moe_lens.model.hooked_moe import HookedMoE
 
 _BATCH_SIZE = 8
 
@@ -51,7 +56,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--metrics-corpus",
         metavar="CORPUS",
-        help="what the metrics are of, as --corpus names it (default: the documents of the census)",
+        help="what the metrics are of, as --corpus names it (default: --corpus)",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="a folder for censuses, tables and the page"
@@ -80,7 +85,8 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         "--positions",
         type=int,
         metavar="N",
-        help="of the census, and of progressive removal: a uniform sample of so many (default: all)",
+        help="of the census, and without --as-published of progressive removal: a uniform sample of so many "
+        "(default: all)",
     )
     parser.add_argument(
         "--cell-positions",
@@ -122,7 +128,6 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from moe_lens.audit.audit_tables import AuditTables
     from moe_lens.audit.census_shards import FolderInUse
-    from moe_lens.audit.metric_registry import find_metrics
     from moe_lens.audit_page import audit_text, write_audit_page
     from moe_lens.corpus_presets import corpus_kind
 
@@ -131,8 +136,11 @@ def run(options: argparse.Namespace) -> int:
         corpus_kind(f"causal-audit@{options.corpus}", text_field=options.text_field)
     if options.metrics_corpus is not None:
         corpus_kind(options.metrics_corpus)
-    find_metrics(options.metrics)
+    _check_numbers(options)
     subjects = _subjects(options)
+    # The last model is found wrong before the first has run for hours.
+    for subject in subjects:
+        _check_model(subject, options)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         # A model at a time is in memory.
@@ -157,11 +165,13 @@ class _Subject:
     Attributes:
         label: of its own among the subjects.
         checkpoint: where the model is.
+        folder: what is kept of it, a name within `--output`; of its own as well.
         census: finished, or None.
     """
 
     label: str
     checkpoint: str
+    folder: str
     census: Census | None
 
 
@@ -174,7 +184,8 @@ def _subjects(options: argparse.Namespace) -> list[_Subject]:
     from moe_lens.audit.census_table import Census
 
     folders: dict[str, Path | None] = {given: _census_folder(given) for given in options.models}
-    if len(folders) < len(options.models):
+    places = {str(folder or _place(given)) for given, folder in folders.items()}
+    if len(places) < len(options.models):
         raise ValueError(f"each model or census is given once, not {' '.join(options.models)}")
     censuses = {given: Census.load(folder) for given, folder in folders.items() if folder is not None}
     checkpoints = options.checkpoint or [str(one.provenance.get("model")) for one in censuses.values()]
@@ -190,15 +201,31 @@ def _subjects(options: argparse.Namespace) -> list[_Subject]:
                 )
     of_census: dict[str, str] = dict(zip(censuses, checkpoints, strict=True))
     wheres: dict[str, str] = {given: of_census.get(given, given) for given in folders}
-    names = [_short(where) for where in wheres.values()]
+    labels = _labels(wheres)
+    names = _folder_names(list(labels.values()))
     return [
-        _Subject(
-            label=name if names.count(name) == 1 else given,
-            checkpoint=where,
-            census=censuses.get(given),
-        )
+        _Subject(label=labels[given], checkpoint=where, folder=name, census=censuses.get(given))
         for (given, where), name in zip(wheres.items(), names, strict=True)
     ]
+
+
+def _labels(wheres: Mapping[str, str]) -> dict[str, str]:
+    """Short names; what was given, where two share one."""
+    short = {given: _short(where) for given, where in wheres.items()}
+    names = list(short.values())
+    labels = {given: name if names.count(name) == 1 else given for given, name in short.items()}
+    return labels if len(set(labels.values())) == len(labels) else {given: given for given in wheres}
+
+
+def _folder_names(labels: Sequence[str]) -> list[str]:
+    """One for each label, also where only characters that no folder should have tell two labels apart."""
+    names: list[str] = []
+    for label in labels:
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "--", label.strip("/.")) or "model"
+        taken = {name.lower() for name in names}
+        candidates = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        names.append(next(name for name in candidates if name.lower() not in taken))
+    return names
 
 
 def _census_folder(given: str) -> Path | None:
@@ -207,14 +234,65 @@ def _census_folder(given: str) -> Path | None:
 
     for folder in (Path(given), Path(given) / "census"):
         if (folder / HEADER).is_file():
-            return folder
+            return folder.resolve()
     return None
+
+
+def _place(given: str) -> str:
+    """The same for all ways to write one directory."""
+    path = Path(given)
+    return str(path.resolve()) if path.is_dir() else given
 
 
 def _short(checkpoint: str) -> str:
     """A hub id whole; of a folder, its last part."""
     path = Path(checkpoint)
     return path.resolve().name if path.is_dir() else checkpoint
+
+
+# ---- what can be known to be wrong before a weight is read ----
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    from moe_lens.audit.metric_registry import find_metrics
+    from moe_lens.audit.paired_tests import check_levels
+    from moe_lens.routing.arguments import natural_number, positive_integer
+
+    find_metrics(options.metrics)
+    if options.smallest_effect is not None:
+        check_levels(options.smallest_effect, 0.05)
+    for name in ("positions", "cell_positions", "compare"):
+        if getattr(options, name) is not None:
+            positive_integer(getattr(options, name), f"--{name.replace('_', '-')}")
+    natural_number(options.seed or 0, "--seed")
+    device_of(options.device)
+
+
+def _check_model(subject: _Subject, options: argparse.Namespace) -> None:
+    """What its config says.
+
+    Raises:
+        ValueError: the settings do not fit it; FileNotFoundError: there is no such checkpoint.
+    """
+    from moe_lens.audit.released_metrics import RELEASED
+    from moe_lens.converters.loading import convert_config, find_checkpoint, read_hf_config
+    from moe_lens.interventions.spec_base import moe_layers_of
+
+    where = subject.checkpoint
+    cfg = convert_config(read_hf_config(find_checkpoint(where), where), name=where, device="cpu")
+    if options.as_released and cfg.model_type not in RELEASED:
+        raise ValueError(
+            f"--as-released: the released code has definitions for {', '.join(RELEASED)}, and {where} is of "
+            f"{cfg.model_type!r}"
+        )
+    settings, _ = _settings(cfg, options)
+    if subject.census is None:
+        moe_layers_of(cfg, settings.layers)
+    if 2 * options.compare > cfg.top_k:
+        raise ValueError(
+            f"--compare {options.compare} needs {2 * options.compare} active routed experts, and {where} has "
+            f"{cfg.top_k}"
+        )
 
 
 # ---- what is done ----
@@ -240,13 +318,14 @@ def _audit(subject: _Subject, options: argparse.Namespace) -> ModelAudit:
         redistribution_corpus=corpora.get("redistribution"),
         censuses=() if subject.census is None else (subject.census,),
         label=subject.label,
-        output=options.output / re.sub(r"[^A-Za-z0-9._-]+", "--", subject.label.strip("/.")),
+        output=options.output / subject.folder,
         verbose=True,
     )
 
 
-def _experiment(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The settings, and the documents of each part that has its own."""
+def _settings(cfg: MoEConfig, options: argparse.Namespace) -> tuple[AuditSettings, dict[str, str]]:
+    """What is asked for; and names of corpus presets, where the published audit's are."""
+    from moe_lens.audit.as_published import as_published
     from moe_lens.audit.audit_settings import AuditSettings
     from moe_lens.audit.paired_tests import SMALLEST_EFFECT
 
@@ -265,16 +344,18 @@ def _experiment(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str,
         seed=options.seed or 0,
         memory_budget=int(options.memory_budget * 2**30),
     )
-    corpora: dict[str, Any] = {}
-    if options.as_published:
-        from moe_lens.audit.as_published import as_published
+    return as_published(cfg, settings) if options.as_published else (settings, {})
 
-        settings, presets = as_published(model.cfg, settings)
-        for part, preset in presets.items():
-            lines = preset if options.corpus == DEFAULT_CORPUS else f"{preset}@{options.corpus}"
-            # The published runs leave special tokens to the tokenizer.
-            corpora[part] = corpus_of(model, options, _BATCH_SIZE, source=lines, prepend_bos=None)
-    else:
+
+def _experiment(model: HookedMoE, options: argparse.Namespace) -> tuple[AuditSettings, dict[str, Any]]:
+    """The settings, and the documents of each part that has its own."""
+    settings, presets = _settings(model.cfg, options)
+    corpora: dict[str, Any] = {}
+    for part, preset in presets.items():
+        lines = preset if options.corpus == DEFAULT_CORPUS else f"{preset}@{options.corpus}"
+        # The published runs leave special tokens to the tokenizer.
+        corpora[part] = corpus_of(model, options, _BATCH_SIZE, source=lines, prepend_bos=None)
+    if not presets:
         corpora["census"] = corpus_of(model, options, _BATCH_SIZE)
     if options.metrics_corpus is not None:
         corpora["metrics"] = corpus_of(
