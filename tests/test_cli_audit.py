@@ -421,6 +421,8 @@ def test_as_published(
     assert of["progressive"]["sample"] == {"n": 500, "seed": 0, "per_document": 1, "min_context": 32}
     assert of["progressive"]["corpus"].startswith("causal-audit-progressive (wiki.test.raw)")
     assert of["audits"][0]["census"]["corpus"].startswith("causal-audit (wiki.test.raw)")
+    for corpus in (of["progressive"]["corpus"], of["audits"][0]["census"]["corpus"]):
+        assert corpus.endswith("tokens with the tokenizer's own special tokens")
     # Each cell by two scopes; here three experts are active, so k ends at 2.
     named = published.query("ours_row != ''")
     assert published["table"].value_counts().to_dict() == {1: 80, 4: 40, 8: 42, 9: 12}
