@@ -627,9 +627,11 @@ def test_what_is_of_a_census_that_is_there(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = str(only_censuses)
-    for name, value in (("layers", "1"), ("scope", "sequence"), ("how", "reroute")):
+    for name, value in (("scope", "sequence"), ("how", "reroute")):
         message = error_of(capsys, ["audit", made, *options, f"--{name}", value])
         assert message == f"--{name} is of a census that is to be made, and {made} is there already"
+    message = error_of(capsys, ["audit", made, *options, "--layers", "0"])
+    assert message.endswith("has no layer 0; it is of layers 1")
     model = str(checkpoint("mixtral"))
     message = error_of(capsys, ["audit", made, *options, "--checkpoint", model, model])
     assert "--checkpoint names 2 models, and 1 censuses are given" in message

@@ -245,14 +245,22 @@ def test_nothing_without_verification(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_censuses_that_are_there(model_of: Loaded, hf: Loaded) -> None:
+def test_censuses_that_are_there(model_of: Loaded, hf: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = model_of("olmoe"), documents()
-    made = census(model, batches, layers=(0,), how="renormalize")
-    found = run(model, hf("olmoe"), censuses=(made,), settings=replace(SETTINGS, positions=None))
+    made = census(model, batches, layers=(0, 1), how="renormalize")
+    settings = replace(SETTINGS, positions=None, layers=(0,), how="renormalize")
+    found = run(model, hf("olmoe"), censuses=(made,), settings=settings)
     assert found.censuses == (made,)
     cells = found.audits[0].cells
     assert set(cells["how"]) == {"renormalize"}
     assert set(cells["layer"]) == {0}
+    assert found.progressive is not None
+    assert found.progressive.provenance["how"] == "renormalize"
+    monkeypatch.setattr(stages_module, "verify", lambda *a, **k: pytest.fail("something ran"))
+    with pytest.raises(ValueError, match=r"how='renormalize', and progressive removal .* of how='zero'"):
+        run(model, hf("olmoe"), censuses=(made,), settings=replace(settings, how="zero"))
+    with pytest.raises(ValueError, match="the census has no layer 2; it is of layers 0"):
+        run(model, hf("olmoe"), censuses=(made,), settings=replace(settings, layers=(2,)))
     assert found.redistribution is not None
     assert "delta_loss" not in found.redistribution.experts  # of zero ablation alone
 

@@ -141,8 +141,8 @@ class AuditStages:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """Of the censuses, given ones or to be made."""
-        if self.given:
+        """Those asked for; where none are named, those of the censuses that were given, or all."""
+        if self.given and self.settings.layers is None:
             return tuple(sorted({layer for one in self.given for layer in one.layers}))
         return moe_layers_of(self.model.cfg, self.settings.layers)
 
@@ -201,6 +201,16 @@ class AuditStages:
                 f"{weights[:12]} in {str(self.model.cfg.dtype).removeprefix('torch.')}; both must be the same, in the "
                 f"same dtype"
             )
+        how, asked = one.provenance.get("how"), self.settings
+        if asked.progressive and how != asked.how:
+            raise ValueError(
+                f"the census is of how={how!r}, and progressive removal beside it would be of how={asked.how!r}; "
+                f"give settings of the same how, or progressive=False"
+            )
+        if asked.layers is not None:
+            missing = [layer for layer in self.layers if layer not in one.layers]
+            if missing:
+                raise ValueError(f"the census has no layer {few(missing)}; it is of layers {few(one.layers)}")
         if not one.finished:
             raise ValueError("the census is not finished; go on with its run first")
 
@@ -209,7 +219,7 @@ class AuditStages:
             return min(
                 int(np.count_nonzero(one.to_pandas("rank", layers=layer)["rank"].to_numpy() == 1))
                 for one in self.given
-                for layer in one.layers
+                for layer in (one.layers if self.settings.layers is None else self.layers)
             )
         n = self.settings.positions
         n = None if n is None else positive_integer(n, "positions")

@@ -92,8 +92,8 @@ def audit_model(
         batches_or_texts: the documents of the census, as `census` takes them.
         settings: what is done.
         metrics_corpus, progressive_corpus, redistribution_corpus: other documents for these; None is the same.
-        censuses: finished ones of this model, of zero ablation or of what `settings.how` says, instead of new ones;
-            `settings.scopes`, `positions` and `layers` then say nothing.
+        censuses: finished ones of this model instead of new ones; `settings.scopes` and `positions` then say nothing of
+            them, and `layers` chooses among theirs. With progressive removal they must be of `settings.how`.
         label: what the model is called in tables and on pages; None is its name.
         output: a folder, made where it is not there, in which censuses and tables are kept.
         verbose: print plans, show progress.
@@ -127,6 +127,7 @@ def audit_model(
         audit(
             one,
             table,
+            layers=None if asked.layers is None else stages.layers,
             n=asked.n,
             seed=asked.seed,
             compare=asked.compare,

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_lens.audit.census_table import Census
     from moe_lens.audit.model_audit import ModelAudit
     from moe_lens.config import MoEConfig
+    from moe_lens.corpus import TokenBatches
     from moe_lens.model.hooked_moe import HookedMoE
 
 _BATCH_SIZE = 8
@@ -53,6 +54,8 @@ def add(commands: Any) -> None:
         seed_help="of the choice of documents (default: the preset's, else 0), and of samples, draws and resampling "
         "(default: 0)",
     )
+    # None, so that it is known whether one was given: the published settings have corpora of their own.
+    parser.set_defaults(corpus=None)
     parser.add_argument(
         "--metrics-corpus",
         metavar="CORPUS",
@@ -68,7 +71,7 @@ def add(commands: Any) -> None:
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", nargs="+", type=int, metavar="LAYER", help="default: every MoE layer")
+    parser.add_argument("--layers", nargs="+", type=int, metavar="LAYER", help="default: all that there are")
     parser.add_argument(
         "--scope",
         nargs="+",
@@ -131,8 +134,10 @@ def run(options: argparse.Namespace) -> int:
     from moe_lens.audit_page import audit_text, write_audit_page
     from moe_lens.corpus_presets import corpus_kind
 
+    options.corpus_given = options.corpus is not None
+    options.corpus = options.corpus if options.corpus_given else DEFAULT_CORPUS
     check_corpus_and_output(options)
-    if options.as_published and options.corpus != DEFAULT_CORPUS:
+    if options.as_published and options.corpus_given:
         corpus_kind(f"causal-audit@{options.corpus}", text_field=options.text_field)
     if options.metrics_corpus is not None:
         corpus_kind(options.metrics_corpus)
@@ -194,7 +199,7 @@ def _subjects(options: argparse.Namespace) -> list[_Subject]:
             f"--checkpoint names {len(checkpoints)} models, and {len(censuses)} censuses are given; it is one for each"
         )
     if censuses and len(censuses) == len(folders):
-        for name in ("layers", "scope", "how"):
+        for name in ("scope", "how"):
             if getattr(options, name) is not None:
                 raise ValueError(
                     f"--{name} is of a census that is to be made, and {next(iter(censuses))} is there already"
@@ -277,6 +282,7 @@ def _check_model(subject: _Subject, options: argparse.Namespace) -> None:
     from moe_lens.audit.released_metrics import RELEASED
     from moe_lens.converters.loading import convert_config, find_checkpoint, read_hf_config
     from moe_lens.interventions.spec_base import moe_layers_of
+    from moe_lens.routing.arguments import few
 
     where = subject.checkpoint
     cfg = convert_config(read_hf_config(find_checkpoint(where), where), name=where, device="cpu")
@@ -286,8 +292,14 @@ def _check_model(subject: _Subject, options: argparse.Namespace) -> None:
             f"{cfg.model_type!r}"
         )
     settings, _ = _settings(cfg, options)
-    if subject.census is None:
-        moe_layers_of(cfg, settings.layers)
+    layers = moe_layers_of(cfg, settings.layers)
+    if subject.census is not None and settings.layers is not None:
+        missing = [layer for layer in layers if layer not in subject.census.layers]
+        if missing:
+            raise ValueError(
+                f"the census of {subject.label} has no layer {few(missing)}; it is of layers "
+                f"{few(subject.census.layers)}"
+            )
     if 2 * options.compare > cfg.top_k:
         raise ValueError(
             f"--compare {options.compare} needs {2 * options.compare} active routed experts, and {where} has "
@@ -307,7 +319,9 @@ def _audit(subject: _Subject, options: argparse.Namespace) -> ModelAudit:
         dtype = DTYPES.get(str(subject.census.provenance.get("dtype")))
     model = HookedMoE.from_pretrained(subject.checkpoint, dtype=dtype, device=device_of(options.device))
     settings, corpora = _experiment(model, options)
-    print(f"{subject.label}: {corpora['census'].description}")
+    if subject.census is not None:
+        settings = _settings_beside(subject.census, settings, subject.label)
+    print(f"{subject.label}: {_what_is_run(subject, corpora['census'])}")
     return audit_model(
         model,
         subject.checkpoint,
@@ -320,6 +334,30 @@ def _audit(subject: _Subject, options: argparse.Namespace) -> ModelAudit:
         label=subject.label,
         output=options.output / subject.folder,
         verbose=True,
+    )
+
+
+def _settings_beside(census: Census, settings: AuditSettings, label: str) -> AuditSettings:
+    """The settings for a census that is there: progressive removal does what it did, where it can."""
+    how = census.provenance.get("how")
+    if how in ("zero", "renormalize", "reroute"):
+        return replace(settings, how=how)
+    if settings.progressive:
+        print(
+            f"{label}: its census is of {how!r}, which progressive removal is not made of here; it is left out"
+        )
+    return replace(settings, progressive=False)
+
+
+def _what_is_run(subject: _Subject, corpus: TokenBatches) -> str:
+    if subject.census is None:
+        return corpus.description
+    of = subject.census.provenance
+    same = of.get("tokens") == corpus.fingerprint
+    beside = "the same documents" if same else f"OTHER documents, {corpus.description}"
+    return (
+        f"a census of {of.get('corpus')}; verification, metrics, progressive removal and redistribution are of "
+        f"{beside}"
     )
 
 
@@ -352,7 +390,7 @@ def _experiment(model: HookedMoE, options: argparse.Namespace) -> tuple[AuditSet
     settings, presets = _settings(model.cfg, options)
     corpora: dict[str, Any] = {}
     for part, preset in presets.items():
-        lines = preset if options.corpus == DEFAULT_CORPUS else f"{preset}@{options.corpus}"
+        lines = f"{preset}@{options.corpus}" if options.corpus_given else preset
         # The published runs leave special tokens to the tokenizer.
         corpora[part] = corpus_of(model, options, _BATCH_SIZE, source=lines, prepend_bos=None)
     if not presets:
