@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,14 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 def _seeded() -> None:
     """Each test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_collecting() -> Iterator[None]:
+    """statsmodels collects all garbage for every correction of p-values, which takes longer than all else there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gc, "collect", lambda *arguments: 0)
+        yield
 
 
 @pytest.fixture(scope="session")

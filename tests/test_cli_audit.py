@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -35,12 +34,6 @@ SENTENCES = (
     "Each expert writes what it knows into the residual stream. ",
 )
 EVIL = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(autouse=True)
-def _no_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """statsmodels collects all garbage for every correction of p-values, which takes longer than all else here."""
-    monkeypatch.setattr(gc, "collect", lambda *arguments: 0)
 
 
 @pytest.fixture
