@@ -193,16 +193,26 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
 # --- as the released code does it -----------------------------------------------------------------------------
 
 
-def released_metrics(hf_model: Any, batches: Sequence[Batch], whose: str) -> Table:
+def released_metrics(hf_model: Any, batches: Sequence[Batch], whose: str, pad: int) -> Table:
     """The four metrics of each layer, as the script for one model computes them, from transformers' own modules.
 
-    `olmoe` and `deepseek_v2` run the batches as they are; `qwen2_moe` runs every text alone, without padding.
+    `olmoe` and `deepseek_v2` pad all texts at once to the longest, on the right and on the left, and run four or two at
+    a time; `qwen2_moe` runs every text alone, without padding.
     """
+    texts = [row[real.bool()] for tokens, mask in batches for row, real in zip(tokens, mask, strict=True)]
     if whose == "qwen2_moe":
-        texts = [
-            row[real.bool()][None] for tokens, mask in batches for row, real in zip(tokens, mask, strict=True)
-        ]
-        batches = [(text, torch.ones_like(text)) for text in texts]
+        batches = [(text[None], torch.ones_like(text[None])) for text in texts]
+    else:
+        width = max(len(text) for text in texts)
+        rows, masks = [], []
+        for text in texts:
+            filling, none = [pad] * (width - len(text)), [0] * (width - len(text))
+            real = [1] * len(text)
+            rows.append([*text.tolist(), *filling] if whose == "olmoe" else [*filling, *text.tolist()])
+            masks.append([*real, *none] if whose == "olmoe" else [*none, *real])
+        tokens, mask = torch.tensor(rows), torch.tensor(masks)
+        size = 4 if whose == "olmoe" else 2
+        batches = list(zip(tokens.split(size), mask.split(size), strict=True))
     table: Table = {}
     for layer, block in enumerate(hf_model.model.layers):
         if not hasattr(block.mlp, "experts"):

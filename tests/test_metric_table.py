@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.metrics import PAPER_METRICS, RELEASED, expert_metrics
 from moe_lens.audit.released_metrics import AboveLowestThreshold
 from moe_lens.routing.storage import write_atomically
-from tests.families import PAD, prompts
+from tests.families import EOS, PAD, UNKNOWN, prompts
 from tests.reference_metrics import Batch, released_metrics
 from tests.routing_cases import corpus
 
@@ -81,6 +82,7 @@ def test_provenance_says_what_it_is_of(table: MetricTable) -> None:
         assert "no description" not in text
     assert table.provenance["as_released"] is None
     assert table.provenance["n_padding_counted"] == 0
+    assert table.provenance["padding"] is None
     assert table.provenance["dtype"] == "float32"
     assert table.provenance["seed"] == 0
 
@@ -135,16 +137,30 @@ def test_an_unknown_layer_is_named(table: MetricTable) -> None:
 # ---- as released ----
 
 
-def right_padded() -> list[Batch]:
-    """Eight documents, padded on the right to one length by far longer than most: over half is padding."""
+LENGTHS = (3, 6, 9, 5, 4, 6, 15, 5)
+
+
+def documents() -> list[Tensor]:
+    return [prompts(seed=i, batch=1, length=length)[0][0] for i, length in enumerate(LENGTHS)]
+
+
+def in_batches(rows: list[Tensor], size: int, *, pad: int = UNKNOWN, side: str = "right") -> list[Batch]:
+    """Each batch padded to the longest of its own, with a token that no tokenizer would take."""
     batches = []
-    for seed in range(2):
-        tokens, mask = torch.full((4, 20), PAD), torch.zeros(4, 20, dtype=torch.long)
-        for row, length in enumerate((3 + seed, 6, 9, 5)):
-            tokens[row, :length] = prompts(seed=10 * seed + row, batch=1, length=length)[0][0]
-            mask[row, :length] = 1
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        width = max(map(len, some)) + 1
+        tokens, mask = torch.full((len(some), width), pad), torch.zeros(len(some), width, dtype=torch.long)
+        for row, text in enumerate(some):
+            place = slice(width - len(text), None) if side == "left" else slice(len(text))
+            tokens[row, place], mask[row, place] = text, 1
         batches.append((tokens, mask))
     return batches
+
+
+def padded() -> list[Batch]:
+    """Eight documents; filled up to the longest, over half is padding."""
+    return in_batches(documents(), 4)
 
 
 # Qwen's script chooses again, without groups; here the experts are those that the model chose.
@@ -163,9 +179,9 @@ def test_released_definitions_are_the_scripts_(hf: Load, model_of: Load, variant
         pytest.skip(
             "Qwen's script chooses again, without groups; here the experts are those that the model chose"
         )
-    batches = right_padded()
+    batches = padded()
     table = expert_metrics(model_of(variant), batches, as_released=whose)
-    expected = released_metrics(hf(variant), batches, whose)
+    expected = released_metrics(hf(variant), batches, whose, PAD)
     assert table.metrics == PAPER_METRICS == tuple(expected)
     for name in table.metrics:
         for place, layer in enumerate(table.layers):
@@ -177,16 +193,17 @@ def test_released_definitions_are_the_scripts_(hf: Load, model_of: Load, variant
 
 
 def test_released_tables_say_what_they_count(model_of: Load) -> None:
-    batches, model = right_padded(), model_of("qwen2_moe")
-    n_real = sum(int(mask.sum()) for _, mask in batches)
-    for whose, n_tokens, n_padding in (
-        ("olmoe", 160, 160 - n_real),
-        ("deepseek_v2", 160, 160 - n_real),
-        ("qwen2_moe", n_real - 3, 0),  # one document has three tokens, and these do not count
+    batches, model = padded(), model_of("qwen2_moe")
+    n_real = sum(LENGTHS)
+    for whose, n_tokens, n_padding, padding in (
+        ("olmoe", 120, 120 - n_real, {"token": PAD, "width": 15, "side": "right"}),
+        ("deepseek_v2", 120, 120 - n_real, {"token": PAD, "width": 15, "side": "left"}),
+        ("qwen2_moe", n_real - 3, 0, None),  # one document has three tokens, and these do not count
     ):
         table = expert_metrics(model, batches, as_released=whose)
         assert table.n_tokens == n_tokens
         assert table.provenance["n_padding_counted"] == n_padding
+        assert table.provenance["padding"] == padding
         assert table.provenance["as_released"] == whose
         assert table.provenance["definitions"] == RELEASED[whose].definitions
         assert (table.counts.sum(axis=1) == n_tokens * model.cfg.top_k).all()
@@ -198,7 +215,7 @@ def test_released_tables_say_what_they_count(model_of: Load) -> None:
 
 def test_released_definitions_differ_from_the_paper_s(model_of: Load) -> None:
     """What the tests of the plain metrics rule out is what these do."""
-    model, batches = model_of("olmoe"), right_padded()
+    model, batches = model_of("olmoe"), padded()
     plain = expert_metrics(model, batches)
     olmoe, deepseek, qwen = (expert_metrics(model, batches, as_released=whose) for whose in RELEASED)
     # Raw logits are no rates; shares of activations sum to 1; padding moves the share of selections.
@@ -220,7 +237,7 @@ def test_qwen_s_norms_are_of_the_first_thirty_texts(hf: Load, model_of: Load) ->
     mask = torch.ones_like(tokens)
     mask[2, 3] = 0  # three tokens: left out, but it is one of the thirty
     whole = expert_metrics(model, tokens, attention_mask=mask, as_released=True, batch_size=7)
-    expected = released_metrics(hf("qwen2_moe"), [(tokens, mask)], "qwen2_moe")
+    expected = released_metrics(hf("qwen2_moe"), [(tokens, mask)], "qwen2_moe", PAD)
     for name in PAPER_METRICS:
         there = np.array([[expected[name][layer, e] for e in range(8)] for layer in whole.layers])
         np.testing.assert_allclose(whole.values[name], there, rtol=2e-4, atol=2e-5, err_msg=name)
@@ -238,20 +255,78 @@ def test_released_metrics_of_an_expert_that_is_never_active_are_zero(model_of: L
             assert (table.values[name][never] == 0).all()
 
 
-def test_padded_queries_change_no_real_token(model_of: Load) -> None:
+@pytest.mark.parametrize("whose", ["olmoe", "deepseek_v2"])
+def test_released_padding_is_not_that_of_the_batches(model_of: Load, whose: str) -> None:
+    model, rows = model_of("olmoe"), documents()
+    one = expert_metrics(model, in_batches(rows, 4), as_released=whose)
+    again = [
+        in_batches(rows, 3),
+        in_batches(rows, 1),
+        in_batches(rows, 8, side="left"),
+        in_batches(rows, 4, pad=EOS + 20),
+        iter(in_batches(rows, 5)),
+        [row[None] for row in rows],
+    ]
+    tables = [expert_metrics(model, batches, as_released=whose) for batches in again]
+    tables.append(expert_metrics(model, in_batches(rows, 4), as_released=whose, batch_size=3))
+    for table in tables:
+        assert np.array_equal(table.counts, one.counts)
+        for name in PAPER_METRICS:
+            np.testing.assert_allclose(table.values[name], one.values[name], rtol=1e-5, atol=1e-6)
+        for name in ("padding", "n_padding_counted", "fingerprint"):
+            assert table.provenance[name] == one.provenance[name]
+
+
+@pytest.mark.parametrize("whose", ["olmoe", "deepseek_v2"])
+def test_the_padding_s_token_matters(
+    hf: Load, model_of: Load, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    model, batches = model_of("deepseek_v2"), padded()
+    table = expert_metrics(model, batches, as_released=whose)
+    other = expert_metrics(model, batches, as_released=whose, pad_token=40)
+    assert other.provenance["padding"]["token"] == 40
+    assert np.abs(other.values["utilization_rate"] - table.values["utilization_rate"]).max() > 0.05
+    expected = released_metrics(hf("deepseek_v2"), batches, whose, 40)
+    there = np.array([[expected["activation_norm"][layer, e] for e in range(8)] for layer in other.layers])
+    np.testing.assert_allclose(other.values["activation_norm"], there, rtol=2e-4, atol=2e-5)
+    # Without a pad token it is the EOS; without either, or a tokenizer, it must be named.
+    monkeypatch.setattr(model, "tokenizer", SimpleNamespace(pad_token_id=None, eos_token_id=EOS))
+    assert expert_metrics(model, batches, as_released=whose).provenance["padding"]["token"] == EOS
+    monkeypatch.setattr(model, "tokenizer", SimpleNamespace(pad_token_id=None, eos_token_id=None))
+    with pytest.raises(ValueError, match=r"has no tokenizer with either; name the token by pad_token="):
+        expert_metrics(model, batches, as_released=whose)
+    monkeypatch.setattr(model, "tokenizer", None)
+    with pytest.raises(ValueError, match=r"has no tokenizer with either"):
+        expert_metrics(model, batches, as_released=whose)
+    named = expert_metrics(model, batches, as_released=whose, pad_token=PAD)
+    assert np.array_equal(named.values["activation_norm"], table.values["activation_norm"])
+    assert expert_metrics(model, batches, as_released="qwen2_moe").provenance["padding"] is None
+    with pytest.raises(ValueError, match=r"token 100000 is no token of .*; name one by pad_token="):
+        expert_metrics(model, batches, as_released=whose, pad_token=100_000)
+
+
+@pytest.mark.parametrize("whose", ["olmoe", "deepseek_v2"])
+def test_padded_queries_change_no_real_token(model_of: Load, whose: str) -> None:
     """The run with transformers' padding gives real tokens what every run gives them."""
-    model, (tokens, mask) = model_of("deepseek_v2"), prompts("right", batch=3, length=9)
-    plain = expert_metrics(model, tokens, attention_mask=mask)
+    model, rows = model_of("deepseek_v2"), documents()
     seen: list[Tensor] = []
     with model.hooks([("blocks.2.hook_resid_post", lambda value, hook: seen.append(value.detach().clone()))]):
-        expert_metrics(model, tokens, attention_mask=mask, as_released="deepseek_v2")
+        expert_metrics(model, padded(), as_released=whose)
         with torch.no_grad():
-            model(tokens, attention_mask=mask)
-    real = mask.bool()
-    torch.testing.assert_close(seen[0][real], seen[1][real])
-    assert not torch.allclose(seen[0][~real], seen[1][~real])
+            for row in rows:
+                model(row[None])
+    padding = []
+    for i, row in enumerate(rows):
+        place = slice(15 - len(row), None) if whose == "deepseek_v2" else slice(len(row))
+        torch.testing.assert_close(seen[0][i, place], seen[1 + i][0])
+        rest = torch.ones(15, dtype=torch.bool)
+        rest[place] = False
+        padding.append(seen[0][i, rest])
+    # On the left all padded positions of a text are the same: each sees the whole row.
+    same = torch.allclose(padding[0], padding[0][:1].expand_as(padding[0]), atol=1e-5)
+    assert same is (whose == "deepseek_v2")
+    assert not torch.allclose(padding[0][0], padding[1][0], atol=1e-3)
     assert torch.is_grad_enabled()
-    assert plain.n_tokens == int(mask.sum())
 
 
 def test_logits_that_wait_for_a_lower_threshold() -> None:
@@ -282,5 +357,10 @@ def test_released_errors(model_of: Load) -> None:
         ValueError, match="released code has no metric 'random'; as_released has utilization_rate"
     ):
         expert_metrics(model_of("olmoe"), tokens, as_released=True, metrics=["random"])
+    for whose in (None, "qwen2_moe"):
+        with pytest.raises(ValueError, match="pad_token is of padding that is counted"):
+            expert_metrics(model_of("olmoe"), tokens, as_released=whose, pad_token=3)
+    with pytest.raises(ValueError, match="no batches"):
+        expert_metrics(model_of("olmoe"), [], as_released=True)
     with pytest.raises(ValueError, match="texts of 4 tokens or more"):
         expert_metrics(model_of("qwen2_moe"), tokens, as_released=True)

@@ -32,8 +32,9 @@ class MetricTable:
         n_documents: rows of the batches.
         provenance: model, revision, dtype, weights (fingerprint), edited (hook points that other hooks edited
             meanwhile), corpus, fingerprint (of its real tokens), seed, definitions (of each metric, in words),
-            as_released (whose released definitions these are, or None), n_padding_counted (padded positions that are
-            among the tokens), moe_lens (version).
+            as_released (whose released definitions these are, or None), padding (where padding counts: token, width of
+            all rows and side; else None), n_padding_counted (padded positions that are among the tokens), moe_lens
+            (version).
     """
 
     layers: tuple[int, ...]

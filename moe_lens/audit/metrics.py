@@ -4,14 +4,15 @@
     table.values["activation_norm"][table.layer_index(3), 9]
 
 A metric is a function of what one pass gathers (`ExpertStatistics`); `@metric("name")` registers another. Padding is
-not counted, and neither batch size nor the side of padding matters. The corpus need not be the one that experts are
-ablated on.
+not counted (released definitions have padding of their own), and neither batch size nor the batches' padding matters.
+The corpus need not be the one that experts are ablated on.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -33,11 +34,11 @@ from moe_lens.audit.metric_statistics import (
 from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.released_metrics import (
     RELEASED,
-    PaddingAsInTransformers,
     ReleasedCount,
     ReleasedLayer,
     released_of,
 )
+from moe_lens.audit.released_padding import PaddingAsInTransformers, pad_token_of, padded_as_released
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.observers import Run
 from moe_lens.routing.arguments import few, natural_number
@@ -70,6 +71,7 @@ def expert_metrics(
     attention_mask: Mask | None = None,
     metrics: Sequence[str] | str | None = None,
     as_released: str | bool | None = None,
+    pad_token: int | None = None,
     layers: Sequence[int] | int | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -97,22 +99,30 @@ def expert_metrics(
         attention_mask: of tokens given as one tensor.
         metrics: names; None is all that are registered (`metric_names()`).
         as_released: `"olmoe"`, `"deepseek_v2"` or `"qwen2_moe"`, or True for the model's own: the four metrics of the
-            paper as its released code computes them for that model (`moe_lens.audit.released_metrics`). Two of these
-            count padding, so the batches must have the padding that is meant: the table says how much there was.
+            paper as its released code computes them for that model (`moe_lens.audit.released_metrics`). OLMoE's and
+            DeepSeek's count padding. It is the released code's, whatever padding the batches have: every document is
+            filled up to the longest of the corpus, on the right for OLMoE and on the left for DeepSeek. The table
+            says with which token, to which width, and how many positions that were.
+        pad_token: with `as_released`, the token of the padding that is counted; None is the tokenizer's pad token,
+            or its EOS where it has none.
         layers: MoE layers; None is all of them.
         seed: of the metrics that draw (`random`).
-        batch_size: documents run at once, of texts and of tokens given as one tensor.
+        batch_size: documents run at once, of texts, of tokens given as one tensor, and where padding is counted.
         verbose: show a progress bar.
 
     Raises:
         ValueError: an unknown metric or layer, no batches, a value that is not finite, a metric that gives another
-            shape, NaN or an infinity; with `as_released`, a model or a metric that the released code does not have.
+            shape, NaN or an infinity; with `as_released`, a model or a metric that the released code does not have,
+            or no token to pad with; a `pad_token` where no padding is counted.
     """
     layers = _moe_layers(model, layers)
     seed = natural_number(seed, "seed")
     corpus = corpus_of(model, batches_or_texts, attention_mask, batch_size)
-    if as_released is not None and as_released is not False:
-        return _released_table(model, corpus, metrics, released_of(model, as_released), layers, seed, verbose)
+    whose = released_of(model, as_released) if as_released not in (None, False) else None
+    if pad_token is not None and (whose is None or not RELEASED[whose].counts_padding):
+        raise ValueError("pad_token is of padding that is counted, as_released='olmoe' or 'deepseek_v2'")
+    if whose is not None:
+        return _released_table(model, corpus, metrics, whose, pad_token, layers, seed, batch_size, verbose)
     chosen = find_metrics(metrics)
     gathered = [LayerStatistics(model, layer) for layer in layers]
     pass_ = _Pass(model, corpus, verbose)
@@ -135,6 +145,7 @@ def expert_metrics(
             seed=seed,
             definitions={asked.name: asked.definition for asked in chosen},
             as_released=None,
+            padding=None,
             n_padding_counted=0,
         ),
     )
@@ -145,17 +156,23 @@ def _released_table(
     corpus: Corpus,
     metrics: Sequence[str] | str | None,
     as_released: str,
+    pad_token: int | None,
     layers: tuple[int, ...],
     seed: int,
+    batch_size: int,
     verbose: bool,
 ) -> MetricTable:
-    definitions = RELEASED[as_released].definitions
+    definitions, side = RELEASED[as_released].definitions, RELEASED[as_released].padding
     chosen = [asked.name for asked in find_metrics(PAPER_METRICS if metrics is None else metrics)]
     for name in chosen:
         if name not in definitions:
             raise ValueError(
                 f"the released code has no metric {name!r}; as_released has {', '.join(definitions)}"
             )
+    padding = None
+    if side is not None:
+        token = pad_token_of(model, pad_token)
+        corpus, padding = padded_as_released(model, corpus, side, token, batch_size)
     gathered = [ReleasedLayer(model, layer, as_released) for layer in layers]
     count = ReleasedCount(as_released)
     pass_ = _Pass(model, corpus, verbose)
@@ -180,6 +197,7 @@ def _released_table(
             seed=seed,
             definitions={name: definitions[name] for name in chosen},
             as_released=as_released,
+            padding=None if padding is None else asdict(padding),
             n_padding_counted=count.n_padding,
         ),
     )

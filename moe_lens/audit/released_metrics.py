@@ -18,8 +18,7 @@
 
 An expert that is never active has 0 rather than NaN. They are here so that the difference can be shown, not to be used.
 
-A padded query sees the real tokens before it, as in transformers, where padding is on the right, as it is there. On the
-left it sees itself alone: what transformers computes there is not defined.
+Padding is as there, and not as in the batches: `moe_lens.audit.released_padding` fills every text up to the longest.
 
 Source: `per_token_ablation_olmoe.py`, `per_token_ablation_deepseek.py` and `validation_qwen.py` of
 github.com/callmeloui/observational_metrics, commit 04a5aef.
@@ -37,7 +36,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.audit.metric_statistics import add_spread, at, in_chunks, norms_of, variance
-from moe_lens.model.attend import Attend
+from moe_lens.audit.released_padding import Side
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import Moments
@@ -49,17 +48,22 @@ _FIRST_COORDINATES = 32
 
 @dataclass(frozen=True)
 class Released:
-    """How one of the released scripts measures: whether padding counts, and the four definitions."""
+    """How one of the released scripts measures: on which side the padding is that counts (None: padding does not
+    count), and the four definitions."""
 
-    counts_padding: bool
+    padding: Side | None
     definitions: dict[str, str]
+
+    @property
+    def counts_padding(self) -> bool:
+        return self.padding is not None
 
 
 _NORMS = "mean of ||E_i|| over all positions that select the expert, padding too; 0 for none"
 _SPREAD = "standard deviation (ddof 1) of ||E_i|| over all positions that select the expert, padding too; 0 for none"
 RELEASED: dict[str, Released] = {
     "olmoe": Released(
-        True,
+        "right",
         {
             "utilization_rate": "mean raw router logit over all positions, padding too",
             "activation_norm": _NORMS,
@@ -69,7 +73,7 @@ RELEASED: dict[str, Released] = {
         },
     ),
     "deepseek_v2": Released(
-        True,
+        "left",
         {
             "utilization_rate": "share of positions, padding too, at which the routing weight is above 0",
             "activation_norm": _NORMS,
@@ -79,7 +83,7 @@ RELEASED: dict[str, Released] = {
         },
     ),
     "qwen2_moe": Released(
-        False,
+        None,
         {
             "utilization_rate": "the expert's share of all activations of the layer: the shares sum to 1",
             "activation_norm": "mean of ||E_i|| over the tokens of the first 30 texts that select the expert; 0 for "
@@ -237,21 +241,6 @@ class AboveLowestThreshold:
     def means(self) -> Float[Tensor, " expert"]:
         """0 for none."""
         return self.total / self.count.clamp(min=1)
-
-
-class PaddingAsInTransformers(Attend):
-    """Causal attention in which a padded query sees the real tokens before it, and itself where there are none."""
-
-    def __init__(self, model: HookedMoE, mask: Bool[Tensor, "batch pos"]):
-        super().__init__(
-            model.cfg.rotary, (mask.shape[0], mask.shape[1]), model.cfg.device, attention_mask=mask
-        )
-        if self.mask is not None:
-            n = mask.shape[1]
-            causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
-            earlier = causal & mask[:, None, None, :]
-            nothing = ~earlier.any(dim=-1, keepdim=True)
-            self.mask = earlier | (nothing & torch.eye(n, dtype=torch.bool, device=mask.device))
 
 
 class ReleasedCount:
