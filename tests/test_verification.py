@@ -15,7 +15,9 @@ from torch import Tensor
 
 from moe_lens import HookedMoE
 from moe_lens.audit import checks as checks_module
+from moe_lens.audit.checks import Check
 from moe_lens.audit.verification import Verification, load_reference, verify
+from moe_lens.corpus import bundled_documents
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.replay import ReplayAttend, Replayed
 from tests.families import hf_model, prompts, write_checkpoint
@@ -246,13 +248,53 @@ def test_a_broken_replay(
     assert failed(verify(olmoe, checkpoint("olmoe"), **text())) == {"replay"}
 
 
+def _is_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Replayed.delta_loss.fget  # type: ignore[attr-defined]
+    rolled = property(lambda self: [*right(self)[1:], right(self)[0]])
+    monkeypatch.setattr(Replayed, "delta_loss", rolled)
+
+
+def _replay_check(verification: Verification) -> Check:
+    return next(check for check in verification.checks if check.name == "replay")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["olmoe", "qwen2_moe", "deepseek_v2", "mixtral"])
 def test_a_broken_replay_in_half_precision(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    checkpoint: Callable[[str], Path], variant: str, dtype: torch.dtype
 ) -> None:
-    _has_the_other_sign(monkeypatch)
-    model = load(checkpoint, "olmoe", dtype)
-    assert "replay" in failed(verify(model, checkpoint("olmoe"), **text()))
+    model = load(checkpoint, variant, dtype)
+    reference = load_reference(model, checkpoint(variant))
+    right = _replay_check(verify(model, reference, **text()))
+    assert right.passed
+    for broken, off_by in ((_removes_nothing, 1.0), (_has_the_other_sign, 2.0), (_is_of_other_layers, None)):
+        with pytest.MonkeyPatch.context() as patch:
+            broken(patch)
+            wrong = _replay_check(verify(model, reference, **text()))
+        assert not wrong.passed, broken
+        # Of the changes that hooked passes make, and not of those that a broken replay gives.
+        assert wrong.tolerance == right.tolerance
+        if off_by is not None:
+            assert wrong.value == pytest.approx(2 * off_by * wrong.tolerance, rel=0.5)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_passes_in_half_precision_on_any_documents() -> None:
+    """Rounding at the worst-predicted tokens is beyond 2e-2 nats on some of these documents, and no fault."""
+    model = HookedMoE.from_pretrained("mini", dtype=torch.bfloat16, verbose=False)
+    reference = load_reference(model, "mini")
+    documents = bundled_documents()
+    for first in (276, 312):
+        texts = [document.text for document in documents[first : first + 4]]
+        tokens, mask = model.tokens_and_mask(texts, None)
+        assert mask is not None
+        cut = {"tokens_or_text": tokens[:, :128], "attention_mask": mask[:, :128]}
+        verification = verify(model, reference, **cut)
+        assert verification.passed, str(verification)
+        assert _replay_check(verification).value > 2e-2
+        with pytest.MonkeyPatch.context() as patch:
+            _removes_nothing(patch)
+            assert failed(verify(model, reference, **cut)) == {"replay"}
 
 
 def test_replay_is_of_the_ablations_that_hooked_passes_made(
