@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_lens import HookedMoE
 from moe_lens.audit.census import census
 from moe_lens.audit.census_summary import clustered_mean
+from moe_lens.audit.function_fingerprint import function_fingerprint
 from moe_lens.audit.metric_statistics import ClusteredMeans, add_spread, variance
 from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.metrics import (
@@ -435,6 +436,8 @@ def test_a_user_s_metric_is_computed_with_the_others(model_of: Load, registered:
     assert np.isfinite(table.standard_errors["selected_mean"]).any()
     assert table.provenance["definitions"]["busy"] == "g_i squared, almost. Source: a test."
     assert table.provenance["definitions"]["selected_mean"] == "no description"
+    assert table.provenance["functions"]["busy"] == function_fingerprint(busy)
+    assert set(table.provenance["functions"]) == set(table.metrics)
 
 
 def test_the_registry_s_refusals(registered: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from moe_lens.audit.function_fingerprint import function_fingerprint
 from moe_lens.audit.metric_statistics import Estimate, ExpertStatistics
 
 Formula = Callable[[ExpertStatistics], Any]
@@ -40,6 +41,12 @@ class Metric:
         """The formula's docstring, and the source."""
         text = " ".join((inspect.getdoc(self.formula) or "no description").split())
         return f"{text} Source: {self.source}." if self.source else text
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the formula's code, other once that is changed, and the same in every process. It does not
+        see a change in what the code calls: see `moe_lens.audit.function_fingerprint`."""
+        return function_fingerprint(self.formula)
 
     def of(self, statistics: ExpertStatistics) -> Estimate:
         """Its values, float64; standard errors NaN where it has none.

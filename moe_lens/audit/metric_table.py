@@ -32,6 +32,7 @@ class MetricTable:
         n_documents: rows of the batches.
         provenance: model, revision, dtype, weights (fingerprint), edited (hook points that other hooks edited
             meanwhile), corpus, fingerprint (of its real tokens), seed, definitions (of each metric, in words),
+            functions (of each registered metric, the fingerprint of its function's code),
             as_released (whose released definitions these are, or None), padding (where padding counts: token, width of
             all rows and side; else None), n_padding_counted (padded positions that are among the tokens), moe_lens
             (version).

@@ -144,6 +144,7 @@ def expert_metrics(
         provenance=pass_.provenance(
             seed=seed,
             definitions={asked.name: asked.definition for asked in chosen},
+            functions={asked.name: asked.fingerprint for asked in chosen},
             as_released=None,
             padding=None,
             n_padding_counted=0,
@@ -196,6 +197,7 @@ def _released_table(
         provenance=pass_.provenance(
             seed=seed,
             definitions={name: definitions[name] for name in chosen},
+            functions={},
             as_released=as_released,
             padding=None if padding is None else asdict(padding),
             n_padding_counted=count.n_padding,
