@@ -104,11 +104,60 @@ def test_verdict(test: PairedTest, p_t: float, p_wilcoxon: float, want: str) -> 
     assert verdict(test, p_t, p_wilcoxon) == want
 
 
+@pytest.mark.parametrize(
+    ("documents", "n_tests", "alpha", "want"),
+    [
+        # 2^-7 = 0.0078: six times that is 0.047, seven times 0.055.
+        (8, 6, 0.05, "disagreement"),
+        (8, 7, 0.05, "inconclusive"),
+        (8, 20, 0.05, "inconclusive"),
+        (12, 102, 0.05, "disagreement"),
+        (12, 103, 0.05, "inconclusive"),
+        (12, 144, 0.05, "inconclusive"),
+        (13, 144, 0.05, "disagreement"),
+        (5, 1, 0.05, "inconclusive"),
+        (6, 1, 0.05, "disagreement"),
+        # Exactly alpha is significant.
+        (6, 2, 0.0625, "disagreement"),
+        (6, 2, 0.0624, "inconclusive"),
+        # From 30 documents on p is the normal distribution's.
+        (29, 10**9, 0.05, "inconclusive"),
+        (30, 10**9, 0.05, "disagreement"),
+    ],
+)
+def test_ranks_that_cannot_be_significant_do_not_disagree(
+    documents: int, n_tests: int, alpha: float, want: str
+) -> None:
+    few = cell(n_clusters=documents)
+    assert verdict(few, 0.001, 1.0, n_tests=n_tests, alpha=alpha) == want
+    # Nor do they agree: a t that is not significant is inconclusive, and equivalence wins.
+    assert verdict(few, 1.0, 1.0, n_tests=n_tests, alpha=alpha) == "inconclusive"
+    small = cell(n_clusters=documents, p_tost=0.01)
+    assert verdict(small, 0.001, 1.0, n_tests=n_tests, alpha=alpha) == "equivalent"
+    # Where other tests of the family have more documents, Holm may let ranks be significant all the same.
+    assert verdict(few, 0.001, 0.001, n_tests=n_tests, alpha=alpha) == "valid"
+    assert verdict(few, 1.0, 0.001, n_tests=n_tests, alpha=alpha) == "disagreement"
+
+
+@pytest.mark.parametrize(("documents", "n_tests"), [(8, 6), (8, 7), (12, 102), (12, 103)])
+def test_the_bound_is_that_of_the_test(documents: int, n_tests: int) -> None:
+    """Differences that are all positive have the smallest p of ranks that there is; all tests of the family do."""
+    x = np.random.default_rng(0).uniform(1, 2, size=10 * documents)
+    test = paired_test(x, np.zeros_like(x), np.arange(len(x)) // 10)
+    assert test.p_wilcoxon == 2.0 ** (1 - documents)
+    p_t, p_wilcoxon = (holm([p] * n_tests)[0] for p in (test.p_t, test.p_wilcoxon))
+    found = verdict(test, p_t, p_wilcoxon, n_tests=n_tests)
+    assert found == ("valid" if p_wilcoxon <= 0.05 else "inconclusive")
+    assert (p_wilcoxon <= 0.05) == (n_tests in (6, 102))
+
+
 def test_verdict_by_other_standards() -> None:
     assert verdict(cell(), 0.01, 0.01, alpha=0.005) == "inconclusive"
     assert verdict(cell(p_tost=0.01), 0.5, 0.5, p_tost_adjusted=0.1) == "inconclusive"
     for p in (1.5, math.nan, -0.1):
         with pytest.raises(ValueError, match="p_wilcoxon"):
             verdict(cell(), 0.1, p)
+    with pytest.raises(ValueError, match="one test or more, not n_tests=0"):
+        verdict(cell(), 0.1, 0.1, n_tests=0)
     with pytest.raises(ValueError, match=r"p_t is from the test's own, 0\.2"):
         verdict(cell(p_t=0.2), 0.1, 0.1)

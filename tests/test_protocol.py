@@ -377,6 +377,22 @@ def test_planted_truth() -> None:
     assert true["best_delta_loss"] < true["lowest_delta_loss"] < true["random_delta_loss"]
 
 
+def test_few_documents_and_many_cells_disagree_nowhere() -> None:
+    """With 8 documents the p of ranks is at least 2^-7, which 6 cells leave significant and 8 do not."""
+    importance = np.random.default_rng(5).normal(size=N_EXPERTS)
+
+    def delta(rows: Rows, rng: np.random.Generator) -> np.ndarray:
+        return importance[rows["expert"]] + 0.3 * rng.normal(size=len(rows["rank"]))
+
+    census = census_of(8, length=40, delta=delta)
+    for n_metrics, want in ((3, "valid"), (4, "inconclusive")):
+        metrics = {f"metric{i}": (i + 1) * importance for i in range(n_metrics)}
+        found = audit(census, table_of(**metrics), controls=()).cells
+        assert (found["p_t_holm"] < 1e-3).all()
+        assert (found["n_family"] == 2 * n_metrics).all()
+        assert (found["verdict"] == want).all()
+
+
 def test_a_metric_shuffled_at_every_token_is_equivalent() -> None:
     """Importance is drawn anew for each token's experts, so no value of an expert can tell."""
 

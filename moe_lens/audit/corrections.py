@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from moe_lens.audit.paired_tests import PairedTest
+from moe_lens.audit.signed_rank import EXACT_BELOW
 
 Verdict = Literal["equivalent", "valid", "inverted", "disagreement", "inconclusive"]
 ENOUGH_PAIRS = 10
@@ -90,6 +91,7 @@ def verdict(
     p_wilcoxon_adjusted: float,
     *,
     p_tost_adjusted: float | None = None,
+    n_tests: int = 1,
     alpha: float = 0.05,
 ) -> Verdict:
     """What a cell shows. The first that holds:
@@ -99,8 +101,13 @@ def verdict(
     1. equivalence is shown: `equivalent`, even beside a significant difference, which is then too small to matter.
     2. t and signed ranks significant, both positive: `valid`
     3. both significant, both negative: `inverted`
-    4. exactly one is significant, or both are and their signs differ: `disagreement`
-    5. else: `inconclusive`
+    4. t alone is significant, and there are too few documents for ranks ever to be: `inconclusive`. The p of signed
+       ranks over G documents, which exact sign flips give below 30 of them, is at least 2^(1 - G); where n_tests times
+       that is above alpha, not even the smallest p of the family survives Holm's correction, so that ranks are silent
+       whatever the differences are, which is no disagreement. That takes 8 documents and 7 tests, or 12 and 103.
+    5. exactly one is significant, or both are and their signs differ: `disagreement`. Signed ranks test for symmetry
+       about zero: they also reject where the mean is zero and the differences are skewed.
+    6. else: `inconclusive`
 
     Args:
         test: of the cell; its signs, its counts and, unless given, its p_tost are read.
@@ -108,11 +115,14 @@ def verdict(
         p_wilcoxon_adjusted: its p_wilcoxon, likewise.
         p_tost_adjusted: its p_tost, corrected where that is wanted. Uncorrected, each single claim of equivalence is
             wrong at most alpha of the time.
+        n_tests: of the family within which p_t and p_wilcoxon were corrected; 1 where they were not.
         alpha: significant is a p of at most this.
 
     Raises:
-        ValueError: a p is not from 0 to 1, or a corrected one is smaller than the test's own.
+        ValueError: a p is not from 0 to 1, or a corrected one is smaller than the test's own; n_tests is below 1.
     """
+    if n_tests < 1:
+        raise ValueError(f"a family has one test or more, not n_tests={n_tests}")
     p_tost = test.p_tost if p_tost_adjusted is None else p_tost_adjusted
     found = {"p_t": p_t_adjusted, "p_wilcoxon": p_wilcoxon_adjusted, "p_tost": p_tost}
     for name, p in found.items():
@@ -129,4 +139,11 @@ def verdict(
         if test.t > 0 and test.rank_biserial > 0:
             return "valid"
         return "inverted" if test.t < 0 and test.rank_biserial < 0 else "disagreement"
+    if by_t and not by_ranks and _too_few_for_ranks(test.n_clusters, n_tests, alpha):
+        return "inconclusive"
     return "disagreement" if by_t or by_ranks else "inconclusive"
+
+
+def _too_few_for_ranks(n_documents: int, n_tests: int, alpha: float) -> bool:
+    """Whether the smallest p that sign flips of so many documents can have is above alpha after Holm's correction."""
+    return n_documents < EXACT_BELOW and n_tests * 2.0 ** (1 - n_documents) > alpha

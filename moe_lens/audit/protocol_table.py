@@ -73,7 +73,9 @@ def table_of(cells: Sequence[Cell], of: Mapping[str, str], alpha: float) -> pd.D
         line |= {name: float(values[i]) for name, values in corrected.items()}
         line["verdict"] = "inconclusive"
         if test is not None:
-            line["verdict"] = verdict(test, line["p_t_holm"], line["p_wilcoxon_holm"], alpha=alpha)
+            line["verdict"] = verdict(
+                test, line["p_t_holm"], line["p_wilcoxon_holm"], n_tests=line["n_family"], alpha=alpha
+            )
         lines.append(line)
     asked = [*dict.fromkeys((cell.family, cell.metric) for cell in cells)]
     lines.sort(key=lambda line: (asked.index((line["family"], line["metric"])), line["layer"]))
