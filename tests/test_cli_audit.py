@@ -565,7 +565,7 @@ def test_the_last_model_is_found_wrong_before_the_first_runs(
     command = ["audit", good, str(checkpoint("mixtral")), *options]
     assert "and none" not in error_of(capsys, [*command, "--as-released"])
     assert "mixtral" in error_of(capsys, [*command, "--as-released"])
-    assert "no MoE layer 4, 7, 11, 15" in error_of(capsys, [*command, "--as-published"])
+    assert "no layer 4, 7, 11, 15 here" in error_of(capsys, [*command, "--as-published"])
     # Layer 2 is the first model's alone.
     assert "2" in error_of(capsys, [*command, "--layers", "2"])
     (tmp_path / "empty").mkdir()
@@ -622,7 +622,8 @@ def test_what_is_of_a_census_that_is_there(
     made = str(only_censuses)
     for name, value in (("scope", "sequence"), ("how", "reroute")):
         message = error_of(capsys, ["audit", made, *options, f"--{name}", value])
-        assert message == f"--{name} is of a census that is to be made, and {made} is there already"
+        assert message.startswith(f"--{name} is for a census that is to be made, and cannot be given")
+        assert made in message
     message = error_of(capsys, ["audit", made, *options, "--layers", "0"])
     assert message.endswith("has no layer 0; it is of layers 1")
     model = str(checkpoint("mixtral"))
@@ -636,6 +637,29 @@ def test_what_is_of_a_census_that_is_there(
     assert "--checkpoint names 1 models, and 2 censuses are given" in message
     gone = str(tmp_path / "gone")
     assert "is no checkpoint" in error_of(capsys, ["audit", made, *options, "--checkpoint", gone])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--scope", "token", "token"], "--scope names each scope once"),
+        (
+            ["--positions", "20", "--cell-positions", "21"],
+            "--cell-positions 21 are drawn of a census, and --positions 20",
+        ),
+        (["--device", "cuda"], "sees no CUDA device"),
+    ],
+)
+@pytest.mark.usefixtures("no_weight_is_read")
+def test_asked_for_what_cannot_be(
+    options: list[str],
+    asked: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert message in error_of(capsys, ["audit", "mini", *options, *asked])
 
 
 # ---- names ----

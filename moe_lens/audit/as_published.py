@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_lens.audit.audit_settings import AuditSettings
@@ -41,46 +42,69 @@ def as_published(cfg: MoEConfig, settings: AuditSettings) -> tuple[AuditSettings
         raise ValueError(
             f"the published audit is of {', '.join(AUDIT_PRESETS)}; {cfg.model_name} is of {family!r}"
         )
-    preset = AUDIT_PRESETS[family]
+    preset, removal, moved = AUDIT_PRESETS[family], PROGRESSIVE_PRESET, REDISTRIBUTION_PRESETS.get(family)
+    removes = settings.progressive and removal.model == preset.model
+    moves = settings.redistribution and moved is not None
+    _check_layers(
+        cfg,
+        [
+            ("audit", preset, settings.layers is None, "layers=, --layers: others can be named"),
+            (
+                "progressive removal",
+                removal,
+                removes and settings.progressive_layers is None,
+                "progressive=False, --no-progressive: it can be left out",
+            ),
+            (
+                "redistribution",
+                moved,
+                moves and settings.redistribution_layers is None,
+                "redistribution=False, --no-redistribution: it can be left out",
+            ),
+        ],
+    )
     corpora = {"census": preset.corpus_preset}
-    layers = _layers(cfg, preset, "audit") if settings.layers is None else settings.layers
     filled = replace(
         settings,
-        layers=layers,
+        layers=preset.layers if settings.layers is None else settings.layers,
         metrics=preset.metrics if settings.metrics is None else settings.metrics,
         n=preset.n if settings.n is None else settings.n,
+        progressive=removes,
+        redistribution=moves,
     )
-    removal = PROGRESSIVE_PRESET
-    if settings.progressive and removal.model == preset.model:
+    if removes:
         corpora["progressive"] = removal.corpus_preset
-        most = settings.progressive_positions
+        layers, most = settings.progressive_layers, settings.progressive_positions
         filled = replace(
             filled,
-            progressive_layers=_layers(cfg, removal, "progressive removal")
-            if settings.progressive_layers is None
-            else settings.progressive_layers,
+            progressive_layers=removal.layers if layers is None else layers,
             progressive_positions=removal.n if most is None else most,
             per_document=removal.per_document if settings.per_document is None else settings.per_document,
             min_context=settings.min_context or removal.min_context,
         )
-    else:
-        filled = replace(filled, progressive=False)
-    moved = REDISTRIBUTION_PRESETS.get(family)
-    if settings.redistribution and moved is not None:
+    if moved is not None and moves:
         corpora["redistribution"] = moved.corpus_preset
-        if settings.redistribution_layers is None:
-            filled = replace(filled, redistribution_layers=_layers(cfg, moved, "redistribution"))
-    else:
-        filled = replace(filled, redistribution=False)
+        layers = settings.redistribution_layers
+        filled = replace(filled, redistribution_layers=moved.layers if layers is None else layers)
     return filled, corpora
 
 
-def _layers(cfg: MoEConfig, preset: AuditPreset, what: str) -> tuple[int, ...]:
-    missing = [layer for layer in preset.layers if layer not in cfg.moe_layers]
-    if missing:
-        or_without = "" if what == "audit" else ", or it can be left out"
+def _check_layers(cfg: MoEConfig, parts: Sequence[tuple[str, AuditPreset | None, bool, str]]) -> None:
+    """All that is missing at once.
+
+    Args:
+        parts: what each is, its published settings, whether their layers are taken, and what else could be done.
+    """
+    problems = []
+    for what, preset, taken, instead in parts:
+        if preset is None or not taken:
+            continue
+        missing = [layer for layer in preset.layers if layer not in cfg.moe_layers]
+        if missing:
+            problems.append(
+                f"{what} is of layers {few(preset.layers)}, no layer {few(missing)} here ({instead})"
+            )
+    if problems:
         raise ValueError(
-            f"the published {what} of {preset.model} is of layers {few(preset.layers)}, and {cfg.model_name} has no "
-            f"MoE layer {few(missing)}; layers of your own can be named{or_without}"
+            f"{cfg.model_name} has MoE layers {few(cfg.moe_layers)}, and of the published runs {'; '.join(problems)}"
         )
-    return preset.layers

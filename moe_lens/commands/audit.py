@@ -120,7 +120,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         "--smallest-effect",
         type=float,
         metavar="D",
-        help="Cohen's d below which a metric counts for nothing (default: 0.1)",
+        help="Cohen's d; `equivalent` says that |d| is shown to be below it (default: 0.1)",
     )
     parser.add_argument(
         "--no-progressive", action="store_true", help="leave out the removal of several experts"
@@ -202,7 +202,8 @@ def _subjects(options: argparse.Namespace) -> list[_Subject]:
         for name in ("scope", "how"):
             if getattr(options, name) is not None:
                 raise ValueError(
-                    f"--{name} is of a census that is to be made, and {next(iter(censuses))} is there already"
+                    f"--{name} is for a census that is to be made, and cannot be given with one that is there already, "
+                    f"as {next(iter(censuses))} is"
                 )
     of_census: dict[str, str] = dict(zip(censuses, checkpoints, strict=True))
     wheres: dict[str, str] = {given: of_census.get(given, given) for given in folders}
@@ -270,6 +271,13 @@ def _check_numbers(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             positive_integer(getattr(options, name), f"--{name.replace('_', '-')}")
     natural_number(options.seed or 0, "--seed")
+    if options.scope is not None and len(set(options.scope)) < len(options.scope):
+        raise ValueError(f"--scope names each scope once, not {' '.join(options.scope)}")
+    if options.positions is not None and (options.cell_positions or 0) > options.positions:
+        raise ValueError(
+            f"--cell-positions {options.cell_positions} are drawn of a census, and --positions {options.positions} "
+            f"makes one of fewer"
+        )
     device_of(options.device)
 
 

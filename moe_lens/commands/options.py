@@ -89,6 +89,9 @@ def device_of(name: str | None) -> torch.device | None:
     ValueError: there is no such device.
     """
     try:
-        return None if name is None else torch.device(name)
+        device = None if name is None else torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is no device; give cpu, cuda or cuda:0") from error
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{name!r}: this installation of torch sees no CUDA device; give cpu")
+    return device
