@@ -15,6 +15,7 @@ import torch
 
 from moe_lens.audit import audit, census, expert_metrics, progressive, redistribution
 from moe_lens.audit.audit_settings import AuditSettings
+from moe_lens.audit.metrics import ExpertStatistics, forget_metric, metric
 from moe_lens.audit.model_audit import ModelAudit, audit_model
 from tests.families import prompts
 
@@ -214,15 +215,43 @@ def test_a_folder_of_another_run(
         run(model_of("olmoe"), hf("olmoe"), tmp_path, batches=few, settings=replace(SETTINGS, **changes))
 
 
-def test_other_padding_is_another_run_of_released_metrics(
-    model_of: Loaded, hf: Loaded, tmp_path: Path
+def test_another_function_of_one_name_is_another_run(model_of: Loaded, hf: Loaded, tmp_path: Path) -> None:
+    """A registered metric's code is part of what is kept."""
+    settings = replace(SETTINGS, metrics=("mine",), progressive=False, redistribution=False)
+    few = documents(batch=16)
+    try:
+
+        @metric("mine")
+        def first(statistics: ExpertStatistics) -> Any:
+            """The norm."""
+            return statistics.count * 1.0
+
+        run(model_of("olmoe"), hf("olmoe"), tmp_path, batches=few, settings=settings)
+
+        @metric("mine", replace=True)
+        def second(statistics: ExpertStatistics) -> Any:
+            """The norm."""
+            return statistics.count * -1.0
+
+        with pytest.raises(ValueError, match=r"metrics\.safetensors' is of another run, by its functions"):
+            run(model_of("olmoe"), hf("olmoe"), tmp_path, batches=few, settings=settings)
+    finally:
+        forget_metric("mine")
+
+
+def test_another_pad_token_is_another_run_of_released_metrics(
+    model_of: Loaded, hf: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(SETTINGS, as_released=True, progressive=False, redistribution=False)
     few = documents(batch=16)
-    run(model_of("olmoe"), hf("olmoe"), tmp_path, batches=few, settings=settings)
+    model = model_of("olmoe")
+    run(model, hf("olmoe"), tmp_path, batches=few, settings=settings)
+    # What the batches have is not what is counted.
     wider = [(torch.nn.functional.pad(t, (0, 2)), torch.nn.functional.pad(m, (0, 2))) for t, m in few]
-    with pytest.raises(ValueError, match="another run, by its places"):
-        run(model_of("olmoe"), hf("olmoe"), tmp_path, batches=wider, settings=settings)
+    run(model, hf("olmoe"), tmp_path, batches=wider, settings=settings)
+    monkeypatch.setattr(stages_module, "pad_token_of", lambda model, token: 7)
+    with pytest.raises(ValueError, match="another run, by its pad_token"):
+        run(model, hf("olmoe"), tmp_path, batches=few, settings=settings)
 
 
 def test_nothing_without_verification(

@@ -27,7 +27,8 @@ from moe_lens.audit.metrics import expert_metrics
 from moe_lens.audit.paired_tests import check_levels
 from moe_lens.audit.progressive import Progressive, progressive
 from moe_lens.audit.redistribution import Redistribution, redistribution
-from moe_lens.audit.released_metrics import released_of
+from moe_lens.audit.released_metrics import RELEASED, released_of
+from moe_lens.audit.released_padding import pad_token_of
 from moe_lens.audit.verification import Verification, verify
 from moe_lens.interventions.clean_run import require_no_hooks
 from moe_lens.interventions.spec_base import moe_layers_of
@@ -49,7 +50,6 @@ class GivenDocuments:
 
     corpus: Corpus
     documents: Documents
-    n_places: int
 
     @classmethod
     def of(cls, model: HookedMoE, given: Batches, what: str) -> GivenDocuments:
@@ -61,16 +61,12 @@ class GivenDocuments:
             raise ValueError(
                 f"the {what} are gone through more than once; give a list of batches, not an iterator"
             )
-        return cls(corpus, Documents.of(model, corpus), sum(tokens.numel() for tokens, _ in corpus))
+        return cls(corpus, Documents.of(model, corpus))
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells them from others, padding included."""
-        return {
-            "tokens": self.documents.fingerprint,
-            "columns": self.documents.columns,
-            "places": self.n_places,
-        }
+        """What tells them from others."""
+        return {"tokens": self.documents.fingerprint, "columns": self.documents.columns}
 
 
 class _Kept(Protocol):
@@ -163,7 +159,7 @@ class AuditStages:
             raise ValueError("the censuses that were given have no rows")
         find_metrics(asked.metrics)
         if asked.as_released:
-            released_of(self.model, asked.as_released)
+            self._pad_token(released_of(self.model, asked.as_released))
         natural_number(asked.seed, "seed")
         positive_integer(asked.memory_budget, "memory_budget")
         check_levels(asked.smallest_effect, asked.alpha)
@@ -270,7 +266,9 @@ class AuditStages:
             **self.of_metrics.key,
             "metrics": metrics,
             "definitions": [one.definition for one in find_metrics(metrics)],
+            "functions": [one.fingerprint for one in find_metrics(metrics)],
             "as_released": as_released,
+            "pad_token": self._pad_token(as_released),
             "layers": list(self.layers),
             "seed": self.settings.seed,
         }
@@ -288,6 +286,15 @@ class AuditStages:
                 verbose=self.verbose,
             ),
         )
+
+    def _pad_token(self, as_released: str | None) -> int | None:
+        """The token that released definitions count as padding, where they count any.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        counts = as_released is not None and RELEASED[as_released].counts_padding
+        return pad_token_of(self.model, None) if counts else None
 
     def progressive(self) -> Progressive:
         asked = self.settings
