@@ -17,7 +17,10 @@ signed rank   see `moe_lens.audit.signed_rank`. The plain one is scipy's, with P
 d             m / s, d_z of Cohen (1988, Statistical power analysis for the behavioral sciences).
 its error     the jackknife over documents: se_d^2 = (G - 1) / G sum_g (d_(g) - mean d_(g))^2, with d_(g) the d
               without document g (Efron and Stein 1981, Annals of Statistics 9, 586-596). It counts that s is
-              estimated too, also where differences are skewed, and leans to being too large.
+              estimated too, also where differences are skewed. Where a few positions carry most of the variance,
+              s is known worse than that: in samples of 400 positions of a census of the bundled model, whose
+              differences have such tails, intervals of 95% covered the census's d 82 to 93% of the time, and in
+              samples of 4,000 92 to 98%. The t-test and the equivalence test held their level in the same trial.
 its interval  d +- t_{1 - alpha / 2, G - 1} se_d.
 equivalence   two one-sided tests (Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15, 657-680) of
               |d| >= the smallest effect of interest: p is the larger one of P(T > (d + smallest) / se_d) and
@@ -47,7 +50,7 @@ from moe_lens.audit.census_summary import clustered_mean
 from moe_lens.audit.signed_rank import EXACT_BELOW, clustered_signed_rank
 
 SMALLEST_EFFECT = 0.1
-"""Cohen's d below which a metric does not help to choose an expert; half of what Cohen calls small."""
+"""Of Cohen's d, half of what Cohen calls small: `equivalent` says that |d| is shown to be below it."""
 POWER = 0.8
 _ROUNDING = 1e-14
 """Below this share of the largest difference, a mean or an error is rounding."""
