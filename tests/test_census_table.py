@@ -197,8 +197,10 @@ def test_unknown_columns_and_layers(place: Path | None) -> None:
 def test_repr_is_one_line(place: Path | None) -> None:
     n_rows = len(frame_of(6))
     assert repr(census_of(6, place)) == (
-        f"<Census of tiny: {n_rows} rows, 6 documents, layers 0 to 3; with first_order, kl>"
+        f"<Census of tiny: {n_rows} rows, 6 documents, layers 0, 2, 3; with first_order, kl>"
     )
+    assert ", layers 0 to 3; " in repr(census_of(2, layers=(0, 1, 2, 3)))
+    assert ", layer 2; " in repr(census_of(2, layers=(2,)))
 
 
 def test_provenance(place: Path | None) -> None:

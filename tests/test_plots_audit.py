@@ -292,7 +292,7 @@ def test_control_against_layers() -> None:
     assert layout.yaxis.range[1] >= max(rows["d_high"].max(), metrics.max())
     other = plots.control_lines(cells, control="first_order")
     assert set(cells.loc[marks(other)[0].customdata, "metric"]) == {"first_order"}
-    assert "first order" in title(other)
+    assert title(other).startswith("Effect of the first-order attribution as a ranking, by depth")
     with pytest.raises(ValueError, match=r"no control 'random'; it has (first_order|routing_weight), "):
         plots.control_lines(cells, control="random")
     alone = plots.control_lines(cells[cells["family"] == "control"])

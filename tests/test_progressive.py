@@ -301,6 +301,8 @@ def test_types_and_provenance(model_of: Load, capsys: Any) -> None:
     assert f"{len(table.rows):,} ablations" in printed.out
     assert "100%" in printed.err
     assert repr(table).startswith("<Progressive of ")
+    assert "; layers 0 to 2; " in repr(table)
+    assert "; layers 0, 2; " in repr(replace(table, provenance={**of, "layers": [0, 2]}))
     other = progressive(model, tokens.flip(0), attention_mask=mask.flip(0))
     assert other.provenance["tokens"] != of["tokens"]
 

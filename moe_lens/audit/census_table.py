@@ -34,7 +34,7 @@ from moe_lens.audit.census_shards import (
 )
 from moe_lens.audit.census_summary import SUMMARISED, summary
 from moe_lens.interventions.arguments import Layers
-from moe_lens.routing.arguments import positive_integer
+from moe_lens.routing.arguments import layers_said, positive_integer
 
 __all__ = ["COLUMNS", "Census", "CensusWriter"]
 
@@ -315,10 +315,9 @@ class Census:
     def __repr__(self) -> str:
         of = f" of {self.provenance['model']}" if "model" in self.identity else ""
         extra = ", ".join(self.identity["extra_columns"])
-        layers = f"layers {self.layers[0]} to {self.layers[-1]}" if self.layers else "no layers"
         plural = "" if self.n_documents == 1 else "s"
         return (
-            f"<Census{of}: {len(self):,} rows, {self.n_documents:,} document{plural}, {layers}"
+            f"<Census{of}: {len(self):,} rows, {self.n_documents:,} document{plural}, {layers_said(self.layers)}"
             f"{f'; with {extra}' if extra else ''}{'' if self.finished else '; not finished'}>"
         )
 

@@ -139,7 +139,7 @@ def verdict(
         if test.t > 0 and test.rank_biserial > 0:
             return "valid"
         return "inverted" if test.t < 0 and test.rank_biserial < 0 else "disagreement"
-    if by_t and not by_ranks and _too_few_for_ranks(test.n_clusters, n_tests, alpha):
+    if by_t and _too_few_for_ranks(test.n_clusters, n_tests, alpha):
         return "inconclusive"
     return "disagreement" if by_t or by_ranks else "inconclusive"
 

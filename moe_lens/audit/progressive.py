@@ -38,7 +38,7 @@ from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.replay import Branches, replay
 from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.routing.arguments import natural_number, positive_integer
+from moe_lens.routing.arguments import layers_said, natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.runs import Mask
@@ -75,7 +75,7 @@ class Progressive:
     def __repr__(self) -> str:
         of = self.provenance
         return (
-            f"<Progressive of {of['model']}: {len(self.rows):,} rows; layers {of['layers'][0]} to {of['layers'][-1]}, "
+            f"<Progressive of {of['model']}: {len(self.rows):,} rows; {layers_said(of['layers'])}; "
             f"1 to {of['removed'][-1]} experts removed ({of['how']})>"
         )
 

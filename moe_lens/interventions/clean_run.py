@@ -205,7 +205,8 @@ class CleanRun:
 
 
 def require_no_hooks(model: HookedMoE) -> None:
-    """A replay drives the layers with branches of tokens, whose shape no hook expects.
+    """Of whatever is about the model as it is, and of replays above all: a replay drives the layers with branches of
+    tokens, whose shape no hook expects.
 
     Torch's hooks on any module count as well as those on hook points: where branches begin, a layer's output is summed
     anew from its slots, and a hook on the layer would not see it.
@@ -223,7 +224,7 @@ def require_no_hooks(model: HookedMoE) -> None:
     ]
     if hooked or model.run_observers:
         raise ValueError(
-            f"a replay runs the model without hooks, and it carries some (at {few(hooked) or 'an open intervene'}); "
+            f"this runs the model without hooks, and it carries some (at {few(hooked) or 'an open intervene'}); "
             f"close `hooks` and `intervene` first, or call reset_hooks()"
         )
 

@@ -45,6 +45,7 @@ from moe_lens.plots.style import (
 
 _FAMILIES = {"metrics": "metric", "control": "control"}
 _OF_FAMILIES = {"metrics": (MUTED, "circle"), "control": (CATEGORIES[1], "diamond")}
+_CONTROL_NAMES = {"first_order": "first-order attribution", "direct": "direct effect on the logits"}
 _ON_HUB = {key: preset.model for key, preset in AUDIT_PRESETS.items()}
 
 
@@ -93,7 +94,7 @@ def control_lines(
         subtitle += f"; {n_missing} without a test"
     lay_out(
         figure,
-        f"Effect of the {literal(control).replace('_', ' ')} as a ranking, by depth",
+        f"Effect of the {_CONTROL_NAMES.get(control, literal(control).replace('_', ' '))} as a ranking, by depth",
         "",
         D_TITLE,
         subtitle=subtitle,

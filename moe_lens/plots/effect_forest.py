@@ -13,8 +13,9 @@ from plotly.subplots import make_subplots
 from moe_lens.audit.audit_result import Audit
 from moe_lens.audit.paired_tests import SMALLEST_EFFECT
 from moe_lens.plots.audit_cells import D_TITLE, Cells, cells_of, chosen_rows, hover_of, metric_range, names_of
-from moe_lens.plots.labelled import arms, counted, legend_below_heading, of_layers, shown_label
+from moe_lens.plots.labelled import arms, counted, legend_below_heading, shown_label
 from moe_lens.plots.style import CATEGORIES, GREY, GRID, INK, MUTED, fit_axis, lay_out, lay_out_chart, literal
+from moe_lens.routing.arguments import layers_said
 
 Row = tuple[str, str]
 """A family and a metric."""
@@ -214,7 +215,7 @@ def _name_panels(figure: go.Figure, labels: Sequence[object], layers: Mapping[An
     for panel, label in enumerate(labels):
         number = "" if panel == 0 else panel + 1
         figure.add_annotation(
-            text=f"{shown_label(label)}<br>{of_layers([int(i) for i in layers[label]])}",
+            text=f"{shown_label(label)}<br>{layers_said([int(i) for i in layers[label]])}",
             x=0,
             y=1,
             xref=f"x{number} domain",

@@ -85,13 +85,6 @@ def _labels(frame: pd.DataFrame) -> list[str]:
     return labels
 
 
-def of_layers(layers: Sequence[int]) -> str:
-    """`layers 0 to 7`, or each where some between are missing."""
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
 def counted(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 

@@ -48,6 +48,19 @@ def natural_number(value: object, name: str) -> int:
     return number
 
 
+def layers_said(layers: Sequence[int]) -> str:
+    """`layers 0 to 7`, or the first of them one by one where some between are missing.
+
+    Args:
+        layers: ascending; `no layers` where there are none.
+    """
+    if not layers:
+        return "no layers"
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {few(layers)}"
+
+
 def few(items: Sequence[object]) -> str:
     """The first of some items, for a message."""
     return ", ".join(map(str, items[:20])) + (", ..." if len(items) > 20 else "")
