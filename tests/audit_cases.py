@@ -18,6 +18,7 @@ from moe_lens.audit.redistribution_correlations import PAIRS
 from moe_lens.audit.verification import Verification
 
 TEXTS = ("model", "scope", "how", "as_released", "family", "metric", "verdict")
+CORPUS = "3 documents <of> a file"
 COUNTS = ("layer", "n_positions", "n_undefined", "n_ties", "n_pairs", "n_documents", "n_zero", "n_family")
 
 
@@ -29,6 +30,7 @@ def made_audit(
     how: str = "zero",
     as_released: str = "",
     n_positions: int = 1234,
+    compare: int = 1,
     seed: int = 0,
 ) -> Audit:
     """All columns of `Audit.cells`, each number drawn; rho is NaN but for the routing weight, as it is there."""
@@ -52,7 +54,14 @@ def made_audit(
             name: f"{'theirs' if as_released else 'ours'} of {name} <&> {seed}" for name in metrics
         },
     }
-    provenance = {"kind": "audit", "scope": scope, "how": how, "metric_table": table, "census": {"n": [1, 2]}}
+    provenance = {
+        "kind": "audit",
+        "scope": scope,
+        "how": how,
+        "settings": {"compare": compare},
+        "metric_table": table,
+        "census": {"n": [1, 2], "corpus": CORPUS, "dtype": "bfloat16"},
+    }
     return Audit(pd.DataFrame(lines, columns=CELL_COLUMNS), provenance)
 
 
@@ -70,7 +79,15 @@ def made_progressive(layers: Sequence[int], most: int, *, scope: str = "token", 
     for name in ("gap_norm", "loss", "delta_loss"):
         rows[name] = rng.gamma(1.0, size=len(rows)).astype(np.float32)
     return Progressive(
-        rows, {"scope": scope, "how": "renormalize", "layers": list(layers), "sample": {"n": 12}}
+        rows,
+        {
+            "scope": scope,
+            "how": "renormalize",
+            "layers": list(layers),
+            "corpus": CORPUS,
+            "dtype": "bfloat16",
+            "sample": {"n": 12},
+        },
     )
 
 
@@ -85,7 +102,14 @@ def made_redistribution(layers: Sequence[int], *, seed: int = 0) -> Redistributi
             line |= {"n_experts": int(rng.integers(5, 64)), "n_draws": 1000, "mean_gap_norm": gap}
             line |= {"low_experts": np.nan, "high_experts": np.nan, "n_draws_experts": 0}
             lines.append(line)
-    return Redistribution(pd.DataFrame(), pd.DataFrame(lines), {"layers": list(layers), "seed": seed})
+    provenance = {
+        "layers": list(layers),
+        "seed": seed,
+        "corpus": CORPUS,
+        "dtype": "bfloat16",
+        "n_tokens": 4321,
+    }
+    return Redistribution(pd.DataFrame(), pd.DataFrame(lines), provenance)
 
 
 def made_verification(passed: bool = True) -> Verification:

@@ -452,6 +452,74 @@ def test_published_numbers_stand_beside_ours(page: Element, several: AuditTables
     assert len(published) == len(several.published[key].drop_duplicates())
 
 
+def sides_of(page: Element, title: str, after: str) -> dict[str, dict[str, Element]]:
+    """What is said under the first such table below a heading: by thing, then by side."""
+    elements = page.all()
+    start = next(i for i, e in enumerate(elements) if e.tag == "h3" and e.text == after)
+    start = next(
+        i for i in range(start, len(elements)) if elements[i].tag == "h4" and title in elements[i].text
+    )
+    details = next(e for e in elements[start:] if "sides" in e.classes)
+    heads = [th.text for th in details.all("thead")[0].all("th")][1:]
+    return {
+        line.all("th")[0].text: dict(zip(heads, line.all("td"), strict=True))
+        for line in details.all("tbody")[0].all("tr")
+    }
+
+
+def test_what_each_side_is_is_said_once(found: ModelAudit) -> None:
+    def tied(cells: pd.DataFrame) -> None:
+        cells["n_ties"] = np.arange(len(cells)) % 7
+        cells["n_pairs"] = cells["n_positions"] - cells["n_ties"]
+
+    several = AuditTables.of([with_cells(renamed(found, "OLMoE", "allenai/OLMoE-1B-7B-0924"), tied)])
+    page = read(audit_page_html(several))
+    sides = sides_of(page, "Table 1:", "OLMoE")
+    assert list(sides) == ["definition", "statistic", "scope", "sampling", "corpus"]
+    assert list(sides["scope"])[:2] == ["paper", "ours, token scope"]
+    ours = "ours, token scope"
+    census = found.audits[0].provenance["census"]
+    assert sides["corpus"][ours].text == f"{census['corpus']}; {census['dtype']}"
+    assert "WikiText-2" in sides["corpus"]["paper"].text
+    assert sides["statistic"]["paper"].text.count("ddof 0") == 1
+    assert "ddof 1" in sides["statistic"][ours].text
+    for metric in METRICS[:4]:
+        assert sides["definition"]["paper"].text.count(f"{metric}: ") == 1
+    # Of ours, the samplings with the fewest and the most positions, as they are in their rows.
+    rows = several.published.query("table == 1 and ours_scope == 'token, zero'")
+    numbers = rows["ours_n"]
+    assert numbers.nunique() > 1
+    few, many = (set(rows.loc[numbers == n, "ours_sampling"]) for n in (numbers.min(), numbers.max()))
+    low, high = sides["sampling"][ours].text.split("to ", 1)
+    assert low in few
+    assert high in many
+    # Every other is where its number is.
+    titles = {
+        e.attributes["data-row"]: e.attributes["title"]
+        for table in page.all("table", **{"class": "beside"})
+        for e in table.all("td", **{"data-column": "ours"})
+    }
+    for number, row in rows.iterrows():
+        assert titles[f"published:{number}"] == f"row {row['ours_row']}: {row['ours_sampling']}"
+
+
+def test_why_there_is_no_number_of_ours(found: ModelAudit) -> None:
+    one = renamed(found, "OLMoE", "allenai/OLMoE-1B-7B-0924")
+    of = found.audits[0].provenance
+    of = {**of, "settings": {**of["settings"], "compare": 2}}
+    tables = AuditTables.of([replace(one, audits=(Audit(found.audits[0].cells, of),))])
+    (why,) = set(tables.published.query("table == 1")["ours_definition"]) - {""}
+    page = read(audit_page_html(tables))
+    said = [p for p in page.all("p") if p.text == why]
+    assert len(said) == 2  # tables 1 and 4
+    assert not any(p.within("details") for p in said)
+    beside = page.all("table", **{"class": "beside"})[0]
+    dashes = beside.all("td", **{"data-column": "ours"})
+    assert {e.text for e in dashes} == {"–"}
+    assert why in {e.attributes["title"] for e in dashes}
+    assert "no number of ours: our audit compares" in audit_text(tables)
+
+
 def test_contradictions_have_both_sides(page: Element) -> None:
     tables = page.all("table", **{"class": "contradictions"})
     text = " ".join(table.text for table in tables)

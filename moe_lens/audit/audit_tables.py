@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe_lens.audit.frame_file import read_frame, write_frame
 from moe_lens.audit.model_audit import ModelAudit
 from moe_lens.audit.progressive import Progressive
 from moe_lens.audit.published_beside import COLUMNS as PUBLISHED_COLUMNS
-from moe_lens.audit.published_beside import beside_published, published_key
+from moe_lens.audit.published_beside import Ours, beside_published, published_key
 
 TABLES = ("verification", "audit", "progressive", "redistribution", "published")
 """Names of the tables, which are also those of their files."""
@@ -129,14 +130,18 @@ def _beside(one: ModelAudit, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame
     key = published_key(one.model, one.model_type)
     if key is None:
         return pd.DataFrame()
-    definitions: dict[str, str] = {}
-    for found in one.audits:
-        table = found.provenance["metric_table"]
-        if table is not None and not table["as_released"]:
-            definitions |= table["definitions"]
     ours = {name: frame.loc[frame["label"] == one.label] for name, frame in tables.items()}
+    # Of one label, the audits lie below each other in their order.
+    ends = np.cumsum([0, *(len(found.cells) for found in one.audits)])
     return beside_published(
-        one.label, key, ours["audit"], ours["progressive"], ours["redistribution"], definitions
+        one.label,
+        key,
+        [
+            Ours(ours["audit"].iloc[start:end], found.provenance)
+            for found, start, end in zip(one.audits, ends[:-1], ends[1:], strict=True)
+        ],
+        None if one.progressive is None else Ours(ours["progressive"], one.progressive.provenance),
+        None if one.redistribution is None else Ours(ours["redistribution"], one.redistribution.provenance),
     )
 
 

@@ -9,7 +9,10 @@ Source: "From Observation to Intervention: A Causal Audit of Expert Importance i
 
 Definitions. At a position, the active routed experts are ranked; the loss of the next token is taken with the first
 zeroed and with the last zeroed, each less the loss of the whole model. d is Cohen's d of the paired difference, first
-minus last; p_t is of a paired t-test, p_wilcoxon of a signed-rank test.
+minus last; p_t is of a paired t-test, p_wilcoxon of a signed-rank test. In the released code the standard deviation of
+d has ddof 0 in tables 1 and 3 (numpy's default) and ddof 1 in tables 2 and 4 to 6, the signed-rank test drops
+differences of zero before ranking (scipy's `zero_method="wilcox"`), and experts that tie are ordered as the sort leaves
+them. `moe_lens.audit.published_beside` says of every number how it differs from ours.
 
 Scope and sampling. n = 200 positions of WikiText-2's test split for each cell of tables 1 to 6. The paper speaks of
 ablation at the position; its released code zeroes the expert at every position of the text
@@ -218,12 +221,20 @@ def published_redistribution() -> pd.DataFrame:
     Columns:
         model, table, layer
         n_experts: 60, the routed ones, over which both correlations are taken.
-        n_activations: 34,016 of single experts at single tokens of WikiText-2's test split, for each layer.
+        n_activations: 34,016, for each layer: the paper says token-level activations of experts; the released results
+            have it as `n_tokens`, of which each has 4.
         mean_gap_norm: over experts, of the L2 distance between the layer's output and that without the expert.
         rho_weight_gap: Spearman's, routing weight and gap norm.
         rho_gap_compensation: Spearman's, gap norm and relative compensation.
         p_weight_gap_below, p_gap_compensation_below: what the table's marks say that p is below; NaN where it has no
             mark (appendix A.3 gives p = 0.563 for the one such).
+
+    In the released code (`redistribution_qwen.py`) an expert that is never active counts as 0. Its routing weights keep
+    the rows of padding tokens, which its outputs have lost (`flatten_with_mask` masks three-dimensional tensors, and
+    the router's output has two), and both are read by row number: after the first padded line, the tokens at which an
+    expert counts as active are others than those whose outputs are compared. The released results look like it: in
+    layer 23 experts 5 and 21 are active at 12,611 tokens each, and the gap norms' standard deviations are several times
+    their means.
     """
     layers = list(REDISTRIBUTION_PRESETS["qwen2_moe"].layers)
     first = {"model": "qwen2_moe", "table": 7, "layer": layers, "n_experts": 60, "n_activations": 34_016}

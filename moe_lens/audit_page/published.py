@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit.published import CONTRADICTIONS, Contradiction, PublishedCell
+from moe_lens.audit.published_beside import SIDES
 from moe_lens.audit_page.experiments import Experiment
 from moe_lens.audit_page.numbers import Row, rows_of, rows_table
 
@@ -44,8 +45,9 @@ def published_section(tables: AuditTables, experiments: Sequence[Experiment]) ->
     kinds = {row.name: one.kind for one in experiments for row in one.rows}
     parts = [
         "<h2>Beside the published audit</h2>",
-        "<p>Its numbers beside ours, each of the same statistic: where the published test takes positions for "
-        "independent, so does the p of ours here. What still differs is said under each table.</p>",
+        "<p>Its numbers beside ours, each the one that is computed most like it: where the published test takes "
+        "positions for independent, so does the p of ours here. What still differs (definition, statistic, scope, "
+        "sampling, corpus) is said under each table, and of every number in its row.</p>",
     ]
     for label in dict.fromkeys(row["label"] for row in rows):
         of_label = [row for row in rows if row["label"] == label]
@@ -112,36 +114,76 @@ def _beside(found: Mapping[tuple[str, str], Row], quantity: str, ours: Sequence[
             cells += row.cell(
                 "ours",
                 link=row["ours_row"].replace(":", "-"),
-                title=f"row {row['ours_row']}" if row["ours_row"] else _NO_OURS,
+                title=_of_ours(row),
             )
     return cells
 
 
+def _of_ours(row: Row) -> str:
+    """What hovering over a number of ours says: of how many positions it is, or why there is none."""
+    if row["ours_row"]:
+        return f"row {row['ours_row']}: {row['ours_sampling']}"
+    return row["ours_definition"] or _NO_OURS
+
+
 def _what_each_is(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
-    """Definition, scope and sampling of each side: once where it is the same for all metrics."""
-    sides: dict[str, dict[str, dict[str, str]]] = {}
+    """What each side is, a line for each thing that is said: once where it is the same for all rows."""
+    sides = {"paper": list(rows)}
     for row in rows:
-        _note(sides, "paper", row, "published")
         if row["ours_row"]:
-            _note(sides, _short(_kind_of(row, kinds)), row, "ours")
+            sides.setdefault(_short(_kind_of(row, kinds)), []).append(row)
     lines = "".join(
-        f'<tr><th scope="row">{escape(side)}</th>'
-        + "".join(f"<td>{'<br>'.join(values.values())}</td>" for values in said.values())
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(
+            f"<td>{_said(of, 'published' if side == 'paper' else 'ours', name)}</td>"
+            for side, of in sides.items()
+        )
         + "</tr>"
-        for side, said in sides.items()
+        for name in SIDES
     )
-    return f"""<details class="sides"><summary>Definition, scope and sampling of each</summary>
-<div class="wide"><table><thead><tr><th></th><th>scope</th><th>sampling</th><th>definition</th></tr></thead>
+    # Where there is a text without a number, it says why there is none.
+    without = {row["ours_definition"]: row for row in rows if not row["ours_row"] and row["ours_definition"]}
+    why = "".join(f'<p class="bad">{row.html("ours_definition")}</p>' for row in without.values())
+    head = "".join(f"<th>{escape(side)}</th>" for side in sides)
+    return f"""{why}<details class="sides"><summary>What each is: {", ".join(SIDES)}</summary>
+<div class="wide"><table><thead><tr><th></th>{head}</tr></thead>
 <tbody>{lines}</tbody></table></div></details>"""
 
 
-def _note(sides: dict[str, dict[str, dict[str, str]]], side: str, row: Row, of: str) -> None:
-    """What a row says of its side, unless another row said the same."""
-    said = sides.setdefault(side, {"scope": {}, "sampling": {}, "definition": {}})
-    for name, texts in said.items():
-        metric = row["metric"] if name == "definition" and row["family"] == "metrics" else ""
-        of_metric = f"<code>{escape(metric)}</code>: " if metric else ""
-        texts.setdefault(f"{metric} {row[f'{of}_{name}']}", of_metric + row.html(f"{of}_{name}"))
+def _said(rows: Sequence[Row], of: str, name: str) -> str:
+    """What the rows of a side say of one thing, each text once; definitions by metric, statistics by quantity."""
+    texts: dict[tuple[str, str], Row] = {}
+    for row in said_by(rows, of, name):
+        texts.setdefault((row[_said_of(row, name)] if _said_of(row, name) else "", row[f"{of}_{name}"]), row)
+    parts = []
+    for row in texts.values():
+        whose = _said_of(row, name)
+        parts.append((f"<i>{row.html(whose)}</i>: " if whose else "") + row.html(f"{of}_{name}"))
+    return "<br>to ".join(parts) if name == "sampling" else "<br>".join(parts)
+
+
+def _said_of(row: Row, name: str) -> str:
+    """The column that tells apart what is said: of the definition of a metric, and of a statistic."""
+    if name == "statistic":
+        return "quantity"
+    return "metric" if name == "definition" and row["family"] == "metrics" else ""
+
+
+def said_by(rows: Sequence[Row], of: str, name: str) -> list[Row]:
+    """Rows that between them say all there is to say of a side.
+
+    Of samplings, which differ with what ties at a layer, the one with the fewest positions and the one with the most:
+    every other is in its row, and in what hovering says.
+
+    Args:
+        rows: with numbers of that side.
+        of: `published` or `ours`.
+        name: one of `SIDES`.
+    """
+    if name == "sampling" and len({row[f"{of}_sampling"] for row in rows}) > 1:
+        by_number = sorted(rows, key=lambda row: row[f"{of}_n"])
+        return [by_number[0], by_number[-1]]
+    return list(rows)
 
 
 # ---- where it contradicts itself ----

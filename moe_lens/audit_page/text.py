@@ -14,7 +14,7 @@ from moe_lens.audit_page.experiments import (
     verdict_counts,
 )
 from moe_lens.audit_page.numbers import Row, rows_of
-from moe_lens.audit_page.published import TITLES
+from moe_lens.audit_page.published import TITLES, said_by
 
 WIDTH = 110
 _LONGEST_NAME = 34
@@ -147,6 +147,9 @@ def _published_table(rows: Sequence[Row], number: int, kinds: dict[str, str]) ->
     for kind, letter in letters.items():
         own = [row for row in rows if row["ours_row"] and _kind(row, kinds) == kind]
         lines += _side(f"{letter} {kind}", own, "ours", defined)
+    # Where there is a text without a number, it says why there is none.
+    for why in dict.fromkeys(row["ours_definition"] for row in rows if not row["ours_row"]):
+        lines += textwrap.wrap(_plain(why), WIDTH - 4, initial_indent="  ", subsequent_indent="    ")
     head = f"{'metric':<{_LONGEST_NAME}} {'layer':>5} {'k':>2}  {'quantity':<13} {'paper':>8}"
     lines.append(head + "".join(f" {letter:>8}" for letter in letters.values()))
     places: dict[tuple[object, ...], list[Row]] = {}
@@ -162,11 +165,13 @@ def _published_table(rows: Sequence[Row], number: int, kinds: dict[str, str]) ->
 
 
 def _side(name: str, rows: Sequence[Row], of: str, defined: dict[tuple[str, ...], str]) -> list[str]:
-    """Scope, sampling and definitions of one side, wrapped; definitions that another side has are not said again."""
-    said = [
-        f"{what}: {'; '.join(dict.fromkeys(str(row[f'{of}_{what}']) for row in rows))}"
-        for what in ("scope", "sampling")
-    ]
+    """What is said of one side, wrapped; definitions that another side has are not said again."""
+    said = []
+    for what in ("scope", "sampling", "corpus"):
+        texts = dict.fromkeys(str(row[f"{of}_{what}"]) for row in said_by(rows, of, what))
+        said.append(f"{what}: {' to '.join(texts)}")
+    statistics = dict.fromkeys(f"{row['quantity']}: {row[f'{of}_statistic']}" for row in rows)
+    said += statistics
     definitions: dict[str, None] = {}
     for row in rows:
         of_metric = f"{row['metric']}: " if row["family"] == "metrics" else ""
