@@ -16,6 +16,7 @@ import pandas as pd
 
 from moe_lens.audit.frame_file import read_frame, write_frame
 from moe_lens.audit.model_audit import ModelAudit
+from moe_lens.audit.noise import NoiseFloor
 from moe_lens.audit.progressive import Progressive
 from moe_lens.audit.published_beside import COLUMNS as PUBLISHED_COLUMNS
 from moe_lens.audit.published_beside import Ours, beside_published, published_key
@@ -87,6 +88,15 @@ class AuditTables:
     def passed(self) -> bool:
         """Whether all models passed verification."""
         return all(one["passed"] for one in self.provenance)
+
+    @property
+    def noise_criterion_met(self) -> bool:
+        """Whether every census in half precision is about as exact as full forward passes are
+        (`NoiseFloor.meets_criterion`). True where no noise floor was measured, as in float32."""
+        found = [
+            NoiseFloor.in_facts(audit.get("census")) for one in self.provenance for audit in one["audits"]
+        ]
+        return all(floor.meets_criterion for floor in found if floor is not None)
 
     def save(self, folder: str | Path) -> Path:
         """Write a Parquet file for each table into a folder that is there: `audit.parquet` and so on.

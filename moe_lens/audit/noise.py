@@ -8,8 +8,9 @@ median error is at most 1.5 times that of the hooked full forward.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,12 @@ class NoiseFloor:
     replay_error_without_null: float
     hooked_error: float
     null_error: float
+
+    @classmethod
+    def in_facts(cls, facts: Mapping[str, Any] | None) -> NoiseFloor | None:
+        """The one that a census's provenance has; None where none was measured, as in float32."""
+        floor = None if facts is None else facts.get("noise_floor")
+        return None if floor is None else cls(**floor)
 
     @property
     def ratio(self) -> float:

@@ -24,6 +24,7 @@ from moe_lens.audit_page.experiments import (
     what_was_done,
 )
 from moe_lens.audit_page.figures import audit_figures, progressive_figure, redistribution_figure
+from moe_lens.audit_page.noise import noise_html
 from moe_lens.audit_page.numbers import count_html, rows_of
 from moe_lens.audit_page.provenance import provenance_section
 from moe_lens.audit_page.published import published_section
@@ -133,23 +134,25 @@ def audit_page_html(tables: AuditTables) -> str:
     if experiments:
         parts += [
             "<h2>The audit</h2>",
-            audit_section(tables),
+            audit_section(tables, rows_open=True),
             published_section(tables, experiments),
             provenance_section(tables),
         ]
     return page_html(title, "\n".join(parts), css=AUDIT_CSS, figures=bool(experiments))
 
 
-def audit_section(tables: AuditTables) -> str:
+def audit_section(tables: AuditTables, *, rows_open: bool = False) -> str:
     """What the audit found, as HTML; the page must have plotly's script and `AUDIT_CSS`, and a heading above it.
 
     Args:
         tables: models that failed verification have no rows but those of their checks. Where all did, this says so.
+        rows_open: whether all rows are seen at once, of experiments with at most 400, and not only on request.
     """
     experiments = experiments_of(tables)
     if not experiments:
         return '<p class="bad">No model passed verification, so there is no result.</p>'
-    parts = [*map(answer, experiments), f'<p class="note">{_FILES}</p>']
+    answers = [f"{answer(one)}{noise_html(one)}" for one in experiments]
+    parts = [*answers, f'<p class="note">{_FILES}</p>']
     parts.append(audit_figures(tables, experiments))
     parts += [
         "<h3>Every metric at every layer</h3>",
@@ -159,7 +162,7 @@ def audit_section(tables: AuditTables) -> str:
         legend(),
     ]
     for one in experiments:
-        parts.append(f"<h3>{escape(one.name)}</h3>{experiment_tables(one)}")
+        parts.append(f"<h3>{escape(one.name)}</h3>{experiment_tables(one, rows_open=rows_open)}")
     parts += [columns_explained(), _progressive(tables), _redistribution(tables)]
     return "\n".join(filter(None, parts))
 

@@ -12,6 +12,7 @@ from moe_lens.audit_page.numbers import MISSING, Row, rows_of, rows_table
 
 _FOUND = ("valid", "inverted", "disagreement")
 _MOST_FOUND = 24
+_MOST_OPEN = 400
 _COLUMN_NAMES = {"p_t_holm": "p, t (Holm)", "p_wilcoxon_holm": "p, ranks (Holm)"}
 _INTERVAL = ("interval of d", "d_low", "d_high")
 _DEFAULT = ("d", _INTERVAL, "p_t_holm", "p_wilcoxon_holm", "verdict")
@@ -20,9 +21,11 @@ _SIGNS = {"<=": "≤", ">": ">", "==": "="}
 MEANINGS = {
     "valid": "removing the highest expert costs more than removing the lowest, by both tests",
     "inverted": "the reverse, by both tests",
-    "disagreement": "one of the tests finds something, or they find opposite signs",
+    "disagreement": "one of the tests finds something, or they find opposite signs; often differences that are skewed, "
+    "which the rank test finds even if their mean is zero",
     "equivalent": "shown to be too small to matter, even if it is not zero",
-    "inconclusive": "neither an effect nor its absence is shown",
+    "inconclusive": "neither an effect nor its absence is shown, or there are too few documents for the rank test ever "
+    "to find one",
 }
 
 
@@ -72,10 +75,32 @@ def legend() -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def experiment_tables(experiment: Experiment) -> str:
-    """A grid of d, the cells where something was found, and all rows by layer on request."""
-    rows = experiment.rows
-    return f"{_grid(experiment)}{_found(experiment)}{_all_rows(experiment, list(rows[0].values))}"
+def experiment_tables(experiment: Experiment, *, rows_open: bool = False) -> str:
+    """A grid of d, the cells where something was found, and all rows by layer.
+
+    Args:
+        rows_open: whether the rows are seen at once, unless there are over 400, and not only on request.
+    """
+    columns = list(experiment.rows[0].values)
+    is_open = rows_open and len(experiment.rows) <= _MOST_OPEN
+    return (
+        f"{_grid(experiment)}{_corrected_within(experiment)}{_found(experiment)}"
+        f"{_all_rows(experiment, columns, is_open)}"
+    )
+
+
+def _corrected_within(experiment: Experiment) -> str:
+    """How many tests each p was corrected for. All metrics are one family; so is each control."""
+    sizes: dict[tuple[str, int], tuple[Row, set[str]]] = {}
+    for row in experiment.rows:
+        _, names = sizes.setdefault((row["family"], int(row["n_family"])), (row, set()))
+        names.add(row["metric"])
+    parts = []
+    for (family, n), (row, names) in sizes.items():
+        cells = f"{row.html('n_family')} cell{'' if n == 1 else 's'}"
+        controls = "each control" if len(names) > 1 else "the control"
+        parts.append(f"{cells} of {'the metrics' if family == 'metrics' else controls}")
+    return f'<p class="note">Corrected within {", and within ".join(parts)}.</p>'
 
 
 def _grid(experiment: Experiment) -> str:
@@ -114,7 +139,7 @@ def _found(experiment: Experiment) -> str:
     return f"<details><summary>{title}</summary>{drawn}</details>"
 
 
-def _all_rows(experiment: Experiment, columns: Sequence[str]) -> str:
+def _all_rows(experiment: Experiment, columns: Sequence[str], is_open: bool) -> str:
     shown = {"metric", "d", *_INTERVAL[1:], *_DEFAULT[2:]}
     more = [name for name in columns if name not in shown]
     parts = []
@@ -127,7 +152,7 @@ def _all_rows(experiment: Experiment, columns: Sequence[str]) -> str:
             f'<h4>Layer {layer} <span class="kind">{counts}</span></h4>'
             + rows_table(rows, ("metric", *_DEFAULT), more, names=_COLUMN_NAMES, anchors=True)
         )
-    return f"""<details class="all"><summary>All rows, by layer</summary>
+    return f"""<details class="all"{" open" if is_open else ""}><summary>All rows, by layer</summary>
 <label><input type="checkbox"> all {len(columns)} columns</label>
 {"".join(parts)}</details>"""
 

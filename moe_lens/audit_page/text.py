@@ -13,6 +13,7 @@ from moe_lens.audit_page.experiments import (
     experiments_of,
     verdict_counts,
 )
+from moe_lens.audit_page.noise import noise_said
 from moe_lens.audit_page.numbers import Row, rows_of
 from moe_lens.audit_page.published import TITLES, said_by
 
@@ -94,7 +95,9 @@ def _experiment(one: Experiment) -> str:
             cells = "".join(_cell(by_place.get((family, metric, layer))) for layer in layers)
             lines.append(name.ljust(width) + cells)
         blocks.append("\n".join(line.rstrip() for line in lines))
-    return "\n\n".join([head, *blocks, "\n".join(_in_words(one))])
+    said = [*_in_words(one), noise_said(one)]
+    wrapped = [part for line in said for part in textwrap.wrap(_plain(line), WIDTH, subsequent_indent="  ")]
+    return "\n\n".join([head, *blocks, "\n".join(wrapped)])
 
 
 def _cell(row: Row | None) -> str:
