@@ -44,7 +44,7 @@ def made_audit(
             line |= {name: int(rng.integers(1, 10**6)) for name in COUNTS}
             line |= {"model": "m", "scope": scope, "how": how, "family": family, "metric": metric}
             line |= {"as_released": as_released, "verdict": "inconclusive", "layer": layer}
-            line["n_positions"] = n_positions
+            line |= {"n_positions": n_positions, "higher_is_more_important": True}
             if metric != "routing_weight":
                 line["rho"] = np.nan
             lines.append(line)

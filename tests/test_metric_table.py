@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,28 @@ def test_other_files_are_refused(table: MetricTable, tmp_path: Path) -> None:
     write_atomically(tmp_path / "other", {"counts": torch.zeros(1)}, {"format": "another 1"})
     with pytest.raises(ValueError, match="other is no table of expert metrics: 'another 1'"):
         MetricTable.load(tmp_path / "other")
+
+
+def test_what_a_metric_claims(table: MetricTable, tmp_path: Path) -> None:
+    low = {"output_similarity", "gate_entropy"}
+    assert {name for name in table.metrics if not table.higher_is_more_important(name)} == low
+    assert set(table.provenance["higher_is_more_important"]) == set(table.metrics)
+    for name in table.metrics:
+        sign = -1 if name in low else 1
+        np.testing.assert_array_equal(table.importance(name), sign * table.values[name])
+    values = np.arange(24.0).reshape(3, 8)
+    mine = table.with_array("mine", values, higher_is_more_important=False).with_array("more", values)
+    loaded = MetricTable.load(mine.save(tmp_path / "metrics.safetensors"))
+    for name in loaded.metrics:
+        assert loaded.higher_is_more_important(name) is (name not in {*low, "mine"})
+    np.testing.assert_array_equal(loaded.importance("mine"), -values)
+    # The values themselves are what they are.
+    assert loaded.to_frame()["mine"].tolist() == list(range(24))
+    # A table of before this was said.
+    old = {name: of for name, of in table.provenance.items() if name != "higher_is_more_important"}
+    older = dataclasses.replace(table, provenance=old)
+    assert all(older.higher_is_more_important(name) for name in older.metrics)
+    assert older.with_array("mine", values).higher_is_more_important("gate_entropy")
 
 
 def test_provenance_says_what_it_is_of(table: MetricTable) -> None:
@@ -206,6 +229,7 @@ def test_released_tables_say_what_they_count(model_of: Load) -> None:
         assert table.provenance["padding"] == padding
         assert table.provenance["as_released"] == whose
         assert table.provenance["definitions"] == RELEASED[whose].definitions
+        assert table.provenance["higher_is_more_important"] == dict.fromkeys(PAPER_METRICS, True)
         assert (table.counts.sum(axis=1) == n_tokens * model.cfg.top_k).all()
     assert expert_metrics(model, batches, as_released=True).provenance["as_released"] == "qwen2_moe"
     some = expert_metrics(model, batches, as_released="olmoe", metrics="activation_std", layers=1)

@@ -429,7 +429,11 @@ def test_a_user_s_metric_is_computed_with_the_others(model_of: Load, registered:
         return statistics.over_tokens("routing_weight").value ** 2
 
     registered("busy", busy, source="a test")
-    registered("selected_mean", lambda statistics: statistics.when_active("probability"))
+    registered(
+        "selected_mean",
+        lambda statistics: statistics.when_active("probability"),
+        higher_is_more_important=False,
+    )
     table = expert_metrics(model_of("olmoe"), corpus())
     np.testing.assert_allclose(table.values["busy"], table.values["weighted_utilization"] ** 2)
     assert np.isnan(table.standard_errors["busy"]).all()
@@ -438,6 +442,9 @@ def test_a_user_s_metric_is_computed_with_the_others(model_of: Load, registered:
     assert table.provenance["definitions"]["selected_mean"] == "no description"
     assert table.provenance["functions"]["busy"] == function_fingerprint(busy)
     assert set(table.provenance["functions"]) == set(table.metrics)
+    assert table.higher_is_more_important("busy")
+    assert not table.higher_is_more_important("selected_mean")
+    assert np.nanmin(table.values["selected_mean"]) > 0
 
 
 def test_the_registry_s_refusals(registered: Callable[..., Any]) -> None:

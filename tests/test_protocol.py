@@ -113,6 +113,11 @@ COARSE = np.arange(N_EXPERTS) // 3
 HOLES = np.where(np.isin(np.arange(N_EXPERTS), (2, 5)), np.nan, COARSE)
 
 
+def claiming_low(table: MetricTable, *names: str) -> MetricTable:
+    """The same table, in which a low value of these metrics claims importance."""
+    return with_provenance(table, higher_is_more_important=dict.fromkeys(names, False))
+
+
 def cell(found: Audit, family: str, metric: str, layer: int) -> dict[str, Any]:
     cells = found.cells
     rows = cells[(cells["family"] == family) & (cells["metric"] == metric) & (cells["layer"] == layer)]
@@ -126,16 +131,19 @@ def cell(found: Audit, family: str, metric: str, layer: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("k", "compare"), [(4, 1), (4, 2), (2, 1), (5, 2)])
 def test_cells_are_those_of_the_loops(k: int, compare: int) -> None:
     census = census_of(k=k)
-    table = table_of(fine=FINE, coarse=COARSE, holes=HOLES)
+    table = claiming_low(
+        table_of(fine=FINE, coarse=COARSE, holes=HOLES, low=FINE, lower=HOLES), "low", "lower"
+    )
     found = audit(census, table, compare=compare)
     frame = census.to_pandas()
-    assert len(found.cells) == 5 * 2
+    assert len(found.cells) == 7 * 2
     dropped = {"n_ties": 0, "n_undefined": 0}
     for layer in (1, 4):
         positions = positions_of(frame, layer)
         values: dict[tuple[str, str], Callable[[Any], float]] = {
-            ("metrics", name): lambda row, name=name: float(
-                table.values[name][table.layers.index(row.layer), row.expert]
+            ("metrics", name): lambda row, name=name: (
+                (-1 if name in ("low", "lower") else 1)
+                * float(table.values[name][table.layers.index(row.layer), row.expert])
             )
             for name in table.metrics
         }
@@ -147,6 +155,7 @@ def test_cells_are_those_of_the_loops(k: int, compare: int) -> None:
                 assert got[name] == getattr(want, name), (family, metric, name)
             for name in dropped:
                 dropped[name] += got[name]
+            assert got["higher_is_more_important"] is (metric not in ("low", "lower"))
             assert got["n_positions"] == got["n_undefined"] + got["n_ties"] + got["n_pairs"]
             test = paired_test(want.high, want.low, want.documents)
             assert got["n_pairs"] == test.n_pairs > 5
@@ -181,13 +190,16 @@ def test_odds_are_those_of_the_loops(k: int) -> None:
         return 0.4 * COARSE[rows["expert"]] + rng.normal() + rng.normal(size=len(rows["rank"]))
 
     census = census_of(k=k, delta=delta)
-    table = table_of(fine=FINE, coarse=COARSE, holes=HOLES, flat=1.0)
+    table = claiming_low(table_of(fine=FINE, coarse=COARSE, holes=HOLES, flat=1.0, low=COARSE), "low")
     found = audit(census, table)
     rows_of_layers = []
     for layer in (1, 4):
         positions = positions_of(census.to_pandas(), layer)
         values = {
-            name: lambda row, name=name: float(table.values[name][table.layers.index(row.layer), row.expert])
+            name: lambda row, name=name: (
+                (-1 if name == "low" else 1)
+                * float(table.values[name][table.layers.index(row.layer), row.expert])
+            )
             for name in table.metrics
         }
         # Each control is against the empty model alone.
@@ -391,6 +403,39 @@ def test_few_documents_and_many_cells_disagree_nowhere() -> None:
         assert (found["p_t_holm"] < 1e-3).all()
         assert (found["n_family"] == 2 * n_metrics).all()
         assert (found["verdict"] == want).all()
+
+
+def test_a_metric_is_audited_as_it_claims() -> None:
+    """The negative of the truth, which says so, is valid; the truth that claims to be the negative is inverted."""
+    importance = np.random.default_rng(5).normal(size=N_EXPERTS)
+
+    def delta(rows: Rows, rng: np.random.Generator) -> np.ndarray:
+        return importance[rows["expert"]] + rng.normal(size=len(rows["rank"])) + rng.normal()
+
+    table = claiming_low(
+        table_of(true=importance, negative=-importance, mistaken=importance), "negative", "mistaken"
+    )
+    found = audit(census_of(60, length=20, delta=delta), table)
+    verdicts = found.verdicts()
+    assert (verdicts.loc[("metrics", "negative")] == "valid").all()
+    assert (verdicts.loc[("metrics", "mistaken")] == "inverted").all()
+    true, negative, mistaken = (cell(found, "metrics", name, 4) for name in table.metrics)
+    same = {**true, "metric": "negative", "higher_is_more_important": False}
+    assert same == pytest.approx(negative, nan_ok=True)
+    assert true["pruning_gain"] > 0 > mistaken["pruning_gain"]
+    assert mistaken["lowest_delta_loss"] > mistaken["random_delta_loss"] > negative["lowest_delta_loss"]
+    for name in ("d", "t", "spearman", "kendall", "rank_slope"):
+        assert mistaken[name] == pytest.approx(-true[name]), name
+    cells = found.cells
+    assert cells.columns.tolist()[5:8] == ["metric", "higher_is_more_important", "layer"]
+    assert cells["higher_is_more_important"].dtype == bool
+    assert cells.loc[cells["family"] == "control", "higher_is_more_important"].all()
+    # A sample is of the same positions, whichever way they are ranked.
+    one, other = (
+        audit(census_of(60), claiming_low(table_of(fine=FINE), *names), n=30, controls=())
+        for names in ((), ("fine",))
+    )
+    assert (one.cells["d"] == -other.cells["d"]).all()
 
 
 def test_a_metric_shuffled_at_every_token_is_equivalent() -> None:

@@ -40,7 +40,7 @@ def _parts(value: Any, gone_into: set[int]) -> Iterator[str]:
             yield "again"
             return
         gone_into = gone_into | {id(value)}
-    yield type(value).__qualname__
+    yield str(type(value).__qualname__)
     if isinstance(value, CodeType):
         yield value.co_code.hex()
         yield getattr(value, "co_exceptiontable", b"").hex()

@@ -5,6 +5,10 @@ In the formulas, i is an expert, t one of T real tokens, A_i the tokens that sel
 before top-k, g_i(t) the routing weight as applied, E_i(x_t) the expert's output before it. All are population metrics:
 one number for an expert, whatever the token. Means over A_i are NaN for an expert that is never active. Means over
 tokens have standard errors, clustered by document; the others have none.
+
+A higher value claims more importance, but for `output_similarity` and `gate_entropy`, whose claim is the other way.
+Where a source tries both ends (MC-Suite drops the lowest or the highest of a norm), or names none, higher stands for
+more.
 """
 
 from __future__ import annotations
@@ -87,7 +91,12 @@ def max_activation(statistics: ExpertStatistics) -> Values:
     return statistics.largest_output
 
 
-@metric("output_similarity", source="HC-SMoE's similarity of mean outputs, arXiv:2410.08589", may_be_nan=True)
+@metric(
+    "output_similarity",
+    source="HC-SMoE's similarity of mean outputs, arXiv:2410.08589",
+    may_be_nan=True,
+    higher_is_more_important=False,
+)
 def output_similarity(statistics: ExpertStatistics) -> Values:
     """mean over the other active experts j of the layer of cos(m_i, m_j), with m_i the mean over A_i of E_i(x_t). High
     means replaceable, so a high value argues for less importance. NaN without another active expert, and for a mean
@@ -125,7 +134,9 @@ def weighted_utilization(statistics: ExpertStatistics) -> Estimate:
 
 
 @metric(
-    "gate_entropy", source="the gate's entropy, as in SEER-MoE, arXiv:2404.05089, over each expert's tokens"
+    "gate_entropy",
+    source="the gate's entropy, as in SEER-MoE, arXiv:2404.05089, over each expert's tokens",
+    higher_is_more_important=False,
 )
 def gate_entropy(statistics: ExpertStatistics) -> Estimate:
     """mean over A_i of -sum_j p_j(t) ln p_j(t), in nats: how undecided the router is where it selects the expert. High

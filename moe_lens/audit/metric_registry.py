@@ -29,12 +29,14 @@ class Metric:
     """One metric: `formula(statistics)` is an array `[layer, expert]`, or an `Estimate` where it has standard errors.
 
     `may_be_nan`: whether it may be NaN for an expert that is active; for one that never is, every metric may.
+    `higher_is_more_important`: what its source claims; False where a low value marks the experts that matter.
     """
 
     name: str
     formula: Formula
     source: str = ""
     may_be_nan: bool = False
+    higher_is_more_important: bool = True
 
     @property
     def definition(self) -> str:
@@ -66,7 +68,12 @@ class Metric:
 
 
 def metric(
-    name: str, *, source: str = "", may_be_nan: bool = False, replace: bool = False
+    name: str,
+    *,
+    source: str = "",
+    may_be_nan: bool = False,
+    higher_is_more_important: bool = True,
+    replace: bool = False,
 ) -> Callable[[Formula], Formula]:
     """Register a function of `ExpertStatistics` as a metric, which `expert_metrics` then computes with the others.
 
@@ -74,6 +81,8 @@ def metric(
         name: a Python identifier: it names a column.
         source: where the definition comes from; the function's docstring says the formula.
         may_be_nan: whether NaN is a value also for an expert that is active.
+        higher_is_more_important: False where the metric claims that a low value marks the experts that matter. The
+            values stay what the formula gives; an audit ranks by what is claimed.
         replace: whether a metric of this name may be there already.
 
     Raises:
@@ -89,7 +98,7 @@ def metric(
     def register(formula: Formula) -> Formula:
         if not callable(formula):
             raise TypeError(f"a metric is a function of the statistics, not {type(formula).__name__}")
-        _METRICS[name] = Metric(name, formula, source, may_be_nan)
+        _METRICS[name] = Metric(name, formula, source, may_be_nan, higher_is_more_important)
         return formula
 
     return register

@@ -32,7 +32,8 @@ class MetricTable:
         n_documents: rows of the batches.
         provenance: model, revision, dtype, weights (fingerprint), edited (hook points that other hooks edited
             meanwhile), corpus, fingerprint (of its real tokens), seed, definitions (of each metric, in words),
-            functions (of each registered metric, the fingerprint of its function's code),
+            functions (of each registered metric, the fingerprint of its function's code), higher_is_more_important (of
+            each metric; one that is not there is taken for True),
             as_released (whose released definitions these are, or None), padding (where padding counts: token, width of
             all rows and side; else None), n_padding_counted (padded positions that are among the tokens), moe_lens
             (version).
@@ -66,6 +67,14 @@ class MetricTable:
             )
         return self.layers.index(layer)
 
+    def higher_is_more_important(self, name: str) -> bool:
+        """Whether a higher value claims more importance, or a lower one."""
+        return bool(self.provenance.get("higher_is_more_important", {}).get(name, True))
+
+    def importance(self, name: str) -> Float[np.ndarray, "layer expert"]:
+        """What a metric claims, highest for the experts it takes for most important: its values, or their negatives."""
+        return self.values[name] if self.higher_is_more_important(name) else -self.values[name]
+
     def with_array(
         self,
         name: str,
@@ -73,6 +82,7 @@ class MetricTable:
         *,
         standard_errors: Any = None,
         definition: str = "an array given by the caller",
+        higher_is_more_important: bool = True,
     ) -> MetricTable:
         """The same with one metric more, brought as an array.
 
@@ -82,6 +92,7 @@ class MetricTable:
                 never active may have it.
             standard_errors: likewise; NaN where there is none.
             definition: in words, for the provenance.
+            higher_is_more_important: whether a higher value claims more importance; an audit ranks by that.
 
         Raises:
             ValueError: another shape, a NaN or an infinity, a name that is taken or can be no column.
@@ -96,11 +107,17 @@ class MetricTable:
                 standard_errors, self, f"the array {name!r}'s standard error", may_be_nan=True
             )
         definitions = {**self.provenance["definitions"], name: definition}
+        claims = {one: self.higher_is_more_important(one) for one in self.metrics}
+        claims[name] = bool(higher_is_more_important)
         return replace(
             self,
             values={**self.values, name: found},
             standard_errors={**self.standard_errors, name: errors},
-            provenance={**self.provenance, "definitions": definitions},
+            provenance={
+                **self.provenance,
+                "definitions": definitions,
+                "higher_is_more_important": claims,
+            },
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -145,6 +145,7 @@ def expert_metrics(
             seed=seed,
             definitions={asked.name: asked.definition for asked in chosen},
             functions={asked.name: asked.fingerprint for asked in chosen},
+            higher_is_more_important={asked.name: asked.higher_is_more_important for asked in chosen},
             as_released=None,
             padding=None,
             n_padding_counted=0,
@@ -198,6 +199,9 @@ def _released_table(
             seed=seed,
             definitions={name: definitions[name] for name in chosen},
             functions={},
+            higher_is_more_important=dict.fromkeys(
+                chosen, True
+            ),  # the released code takes the highest of all
             as_released=as_released,
             padding=None if padding is None else asdict(padding),
             n_padding_counted=count.n_padding,

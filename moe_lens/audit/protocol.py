@@ -3,18 +3,22 @@
     found = audit(census, metric_table)
     found.verdicts()
 
-At each position the active routed experts (never the shared ones) are ranked by the metric, and what ablating the
-highest does to the loss is compared with what ablating the lowest does. A metric is causally valid at a layer if the
-difference is reliably positive. Controls go through the same machinery with a quantity of the token itself in the
-metric's place: its routing weight, and, where the census has it, the first-order attribution, the positive control: a
-protocol that cannot see that one has no power.
+At each position the active routed experts (never the shared ones) are ranked by the importance that the metric claims,
+and what ablating the highest does to the loss is compared with what ablating the lowest does. "High" is throughout what
+the metric claims to be most important: its highest value, or its lowest where `higher_is_more_important` is False. So a
+`valid` gate_entropy means that low entropy marks the experts that matter, and `pruning_gain` is of removing the expert
+that the metric would have removed. A metric is causally valid at a layer if the difference is reliably positive.
+
+Controls go through the same machinery with a quantity of the token itself in the metric's place: its routing weight,
+and, where the census has it, the first-order attribution, the positive control: a protocol that cannot see that one has
+no power.
 
 Columns of `Audit.cells`, one row per (family, metric, layer):
 
 model, scope, how, as_released   of what: scope `token` and `sequence` are different experiments; `as_released` is whose
                     released definitions the metrics have, if any
-family, metric, layer   family `metrics`: of the table, a value per expert. Family `control`: columns of the census, a
-                    value per expert and token
+family, metric, higher_is_more_important, layer   family `metrics`: of the table, a value per expert. Family `control`:
+                    columns of the census, a value per expert and token, and a higher one claims more
 n_positions         of the cell: all, or the sample
 n_undefined         of these, dropped because an active expert has no value (never active in the metric's corpus)
 n_ties              dropped because the metric ties where highest or lowest end
@@ -32,12 +36,12 @@ p_t_bonferroni, p_t_plain_bonferroni   n_family p: at 4 metrics and 5 layers the
 verdict             see `moe_lens.audit.corrections.verdict`
 rho                 control routing_weight: Spearman's, over pairs, of w_high / w_low and the loss difference; NaN where
                     one of them does not vary
-spearman, kendall   mean over positions of the rank correlation of metric and loss change over all active experts, each
-                    with _standard_error, and the n_correlations positions where both vary
+spearman, kendall   mean over positions of the rank correlation of claimed importance and loss change over all active
+                    experts, each with _standard_error, and the n_correlations positions where both vary
 pruning_gain        mean loss of removing a random active expert less that of removing the metric's lowest, nats, with
                     _standard_error: above 0, the metric saves loss. Of the n_positions - n_undefined positions, as are
                     random_delta_loss, lowest_delta_loss and best_delta_loss (the expert whose removal turns out best)
-rank_slope          nats from the token's lowest expert to its highest by the metric, by regression of the loss change
+rank_slope          nats from the token's lowest expert to its highest, by regression of the loss change
                     on the within-token rank with document effects; rank_slope_standard_error is clustered by document,
                     infinite where the metric ties everywhere; rank_r_squared is within documents
 log_odds            natural log Bayes factor against the empty model, in which no metric says anything
@@ -59,7 +63,7 @@ Source: "From Observation to Intervention: A Causal Audit of Expert Importance i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -245,11 +249,12 @@ def _of_layer(census: Census, table: MetricTable | None, layer: int, asked: _Ask
         )
     cells = []
     if table is not None:
-        of_layer = {name: table.values[name][table.layer_index(layer)] for name in asked.metrics}
+        of_layer = {name: table.importance(name)[table.layer_index(layer)] for name in asked.metrics}
         between = odds_between(rows.sampled(asked.n, asked.seed, "comparison metrics"), of_layer)
         for name, of_experts in of_layer.items():
             of_cell = rows.sampled(asked.n, asked.seed, f"metrics {name}")
-            cells.append(_cell("metrics", name, of_cell, of_experts[of_cell.expert], between[name], asked))
+            found = _cell("metrics", name, of_cell, of_experts[of_cell.expert], between[name], asked)
+            cells.append(replace(found, higher_is_more_important=table.higher_is_more_important(name)))
     for name in asked.controls:
         of_cell = rows.sampled(asked.n, asked.seed, f"control {name}")
         odds = odds_alone(of_cell, name)

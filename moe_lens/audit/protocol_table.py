@@ -31,6 +31,7 @@ class Cell:
     test: PairedTest | None
     beyond: Beyond
     odds: Odds
+    higher_is_more_important: bool = True
 
     @property
     def corrected_with(self) -> str:
@@ -43,6 +44,7 @@ class Cell:
         return {
             "family": self.family,
             "metric": self.metric,
+            "higher_is_more_important": self.higher_is_more_important,
             "layer": self.layer,
             "n_positions": self.n_positions,
             "n_undefined": self.pairs.n_undefined,
@@ -113,7 +115,7 @@ _OF_ODDS = [
 ]  # fmt: skip
 
 _COLUMNS = [
-    "model", "scope", "how", "as_released", "family", "metric", "layer",
+    "model", "scope", "how", "as_released", "family", "metric", "higher_is_more_important", "layer",
     "n_positions", "n_undefined", "n_ties", "n_pairs", "n_documents", "n_zero",
     "high_delta_loss", "low_delta_loss", "mean_difference", "standard_error",
     "d", "d_standard_error", "d_low", "d_high", "t", "df", "p_t", "p_wilcoxon", "rank_biserial",
