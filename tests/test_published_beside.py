@@ -12,12 +12,13 @@ import pytest
 from scipy import stats
 
 from moe_lens.audit import Audit
+from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit.paired_tests import paired_test
 from moe_lens.audit.protocol_presets import AUDIT_PRESETS
 from moe_lens.audit.published import published_cells, published_progressive, published_redistribution
 from moe_lens.audit.published_beside import COLUMNS, SIDES, Ours, beside_published, published_key
 from moe_lens.audit.released_metrics import RELEASED
-from tests.audit_cases import CORPUS, made_audit, made_progressive, made_redistribution
+from tests.audit_cases import CORPUS, made_audit, made_model_audit, made_progressive, made_redistribution
 
 # How many numbers the paper prints in each of its tables. 1 to 3: four metrics at five layers, d and p_t; of Qwen also
 # the p_W of section 3. 4 to 6: d, p_t, p_W and rho at five layers. 7: three lines at five layers. 8: k = 1 to 7 at six
@@ -410,6 +411,21 @@ def test_what_our_number_is_of() -> None:
     assert len(seen) == 3
 
 
+def test_in_the_tables_every_audit_is_of_its_own_corpus() -> None:
+    audits = []
+    for scope, corpus in [("token", "first text"), ("sequence", "second text")]:
+        one = made_audit(range(16), scope=scope)
+        census = {**one.provenance["census"], "corpus": corpus}
+        audits.append(Audit(one.cells, {**one.provenance, "census": census}))
+    name = "allenai/OLMoE-1B-7B-0924"
+    tables = AuditTables.of([made_model_audit("other", audits=audits), made_model_audit(name, audits=audits)])
+    rows = tables.published.query("table in (1, 4)")
+    assert dict(zip(rows["ours_scope"], rows["ours_corpus"], strict=True)) == {
+        "token, zero": "first text; bfloat16",
+        "sequence, zero": "second text; bfloat16",
+    }
+
+
 @pytest.mark.parametrize("compare", [2, 3])
 def test_means_over_several_experts_are_not_laid_beside(compare: int) -> None:
     """Nor do they hide an audit that can be."""
@@ -484,6 +500,7 @@ def test_what_redistribution_is_of() -> None:
     for line in moved.to_dict("records"):
         row = tables["redistribution"].loc[int(line["ours_row"].split(":")[1])]
         assert line["ours_sampling"] == f"{row['n_experts']} experts; 4,321 tokens, all of the corpus"
-        assert line["published_definition"].startswith(f"{line['ours_definition']}; its released code")
+        assert line["published_definition"] == line["ours_definition"]
+        assert "pairs the two by row" in line["published_sampling"]
         assert "never active count as 0" in line["published_statistic"]
         assert "never active are left out" in line["ours_statistic"]

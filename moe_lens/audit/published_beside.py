@@ -344,7 +344,7 @@ _CORRELATIONS = {
 }
 _NEVER_ACTIVE = "experts that are never active"
 _ROWS_APART = (
-    "its released code drops padding from the layer's outputs but not from the routing (its `flatten_with_mask` masks "
+    "its released code drops padding from the layer's outputs but not from the routing (its flatten_with_mask masks "
     "three dimensions only, and the router's output has two), and pairs the two by row, so that after the first padded "
     "line an output stands beside another token's routing"
 )
@@ -370,11 +370,12 @@ def _redistribution(key: str, ours: Ours | None) -> Iterator[dict[str, Any]]:
                 "quantity": column,
                 "published": cell[quantity],
                 "published_n": n,
-                "published_definition": f"{definition}; {_ROWS_APART}",
+                "published_definition": definition,
                 "published_statistic": f"{statistic}; {_NEVER_ACTIVE} count as 0 in its released code",
                 "published_scope": "one forward pass",
                 "published_sampling": f"{cell['n_experts']} experts; the paper: {n:,} activations; in its released "
-                f"results that is the number of tokens; {REDISTRIBUTION_PRESETS[key].drawn} tokens of the lines",
+                f"results that is the number of tokens; {REDISTRIBUTION_PRESETS[key].drawn} tokens of the lines; "
+                + _ROWS_APART,
                 "published_corpus": _corpus(REDISTRIBUTION_PRESETS[key], "bfloat16"),
             }
             found = [] if ours is None else list(_rows_of(ours.rows, layer=cell["layer"], x=x, y=y, given=""))

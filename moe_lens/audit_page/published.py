@@ -181,7 +181,9 @@ def said_by(rows: Sequence[Row], of: str, name: str) -> list[Row]:
         name: one of `SIDES`.
     """
     if name == "sampling" and len({row[f"{of}_sampling"] for row in rows}) > 1:
-        by_number = sorted(rows, key=lambda row: row[f"{of}_n"])
+        by_number = sorted(
+            rows, key=lambda row: (row[f"{of}_n"], len(row[f"{of}_sampling"]), row[f"{of}_sampling"])
+        )
         return [by_number[0], by_number[-1]]
     return list(rows)
 
