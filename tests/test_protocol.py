@@ -333,6 +333,7 @@ def test_families() -> None:
             ("p_bh", "p_t", "fdr_bh"),
             ("p_t_bonferroni", "p_t", "bonferroni"),
             ("p_t_plain_bonferroni", "p_t_plain", "bonferroni"),
+            ("p_tost_holm", "p_tost", "holm"),
         ):
             want = multipletests(of[p], method=method)[1]
             np.testing.assert_allclose(of[name], want, err_msg=name)

@@ -33,6 +33,8 @@ n_family            cells that are corrected for: those of all metrics, or of th
 p_t_holm, p_wilcoxon_holm, p_bh   corrected within these; Benjamini-Hochberg's is of p_t
 p_t_bonferroni, p_t_plain_bonferroni   n_family p: at 4 metrics and 5 layers the published threshold of 0.05 / 20, and
                     0.05 / 5 for the control; the second one of the published test
+p_tost_holm         likewise of p_tost. The verdict takes p_tost as it is: each cell that is called `equivalent` may be
+                    wrong 5% of the time where its effect is as large as the bound
 verdict             see `moe_lens.audit.corrections.verdict`
 rho                 control routing_weight: Spearman's, over pairs, of w_high / w_low and the loss difference; NaN where
                     one of them does not vary

@@ -90,6 +90,7 @@ _CORRECTED: dict[str, tuple[Callable[..., np.ndarray], str]] = {
     "p_bh": (benjamini_hochberg, "p_t"),
     "p_t_bonferroni": (bonferroni, "p_t"),
     "p_t_plain_bonferroni": (bonferroni, "p_t_plain"),
+    "p_tost_holm": (holm, "p_tost"),
 }
 
 
@@ -121,7 +122,8 @@ _COLUMNS = [
     "d", "d_standard_error", "d_low", "d_high", "t", "df", "p_t", "p_wilcoxon", "rank_biserial",
     "t_plain", "p_t_plain", "p_wilcoxon_plain",
     "log_bayes_factor", "bayes_factor", "p_tost", "n_effective", "detectable_d",
-    "n_family", "p_t_holm", "p_wilcoxon_holm", "p_bh", "p_t_bonferroni", "p_t_plain_bonferroni", "verdict",
+    "n_family", "p_t_holm", "p_wilcoxon_holm", "p_bh", "p_t_bonferroni", "p_t_plain_bonferroni", "p_tost_holm",
+    "verdict",
     "rho", "spearman", "spearman_standard_error", "kendall", "kendall_standard_error", "n_correlations",
     "pruning_gain", "pruning_gain_standard_error", "random_delta_loss", "lowest_delta_loss", "best_delta_loss",
     *_OF_ODDS,
