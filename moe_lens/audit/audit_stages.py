@@ -267,6 +267,7 @@ class AuditStages:
             "metrics": metrics,
             "definitions": [one.definition for one in find_metrics(metrics)],
             "functions": [one.fingerprint for one in find_metrics(metrics)],
+            "higher_is_more_important": [one.higher_is_more_important for one in find_metrics(metrics)],
             "as_released": as_released,
             "pad_token": self._pad_token(as_released),
             "layers": list(self.layers),
