@@ -117,7 +117,7 @@ def _audit_section(result: DemoResult) -> str:
     if result.census is None:
         return ""
     return f"""<h2>Does any metric say which expert matters?</h2>
-{audit_section(result.tables)}"""
+{audit_section(result.tables, lead=True)}"""
 
 
 def _verification_section(result: DemoResult) -> str:

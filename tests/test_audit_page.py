@@ -245,11 +245,15 @@ def test_no_number_of_a_table_is_without_its_row(page: Element) -> None:
 def test_counts_are_those_of_the_saved_rows(page: Element, saved: dict[str, pd.DataFrame]) -> None:
     counts = [element for element in page.all() if "data-count" in element.attributes]
     assert len(counts) > 50
+    seen_up_to = False
     for element in counts:
         frame = saved[element.attributes["data-count"]]
         for name, value in json.loads(element.attributes["data-where"]).items():
-            frame = frame[frame[name] == value]
+            up_to = isinstance(value, dict)
+            frame = frame[frame[name] <= value["at most"]] if up_to else frame[frame[name] == value]
+            seen_up_to |= up_to
         assert element.text == f"{len(frame):,}"
+    assert seen_up_to
 
 
 def test_every_row_has_its_line_and_begins_with_its_number(page: Element, several: AuditTables) -> None:
@@ -375,7 +379,11 @@ def words_of(tables: AuditTables) -> str:
 def test_the_answer_counts_verdicts_and_names_the_valid(found: ModelAudit) -> None:
     def change(cells: pd.DataFrame) -> None:
         of_metrics = cells.index[cells["family"] == "metrics"]
-        cells.loc[of_metrics, "verdict"] = "equivalent"
+        cells.loc[of_metrics, ["verdict", "p_t_holm", "p_wilcoxon_holm"]] = ["equivalent", 0.06, 0.06]
+        # Both, one test, and both of a cell that is not equivalent.
+        cells.loc[of_metrics[6:8], ["p_t_holm", "p_wilcoxon_holm"]] = [0.05, 0.001]
+        cells.loc[of_metrics[8], ["p_t_holm", "p_wilcoxon_holm"]] = [0.05, 0.051]
+        cells.loc[of_metrics[2], ["p_t_holm", "p_wilcoxon_holm"]] = [0.001, 0.001]
         cells.loc[of_metrics[2], ["verdict", "d"]] = ["valid", 0.4321]
         cells.loc[of_metrics[3:5], "verdict"] = "disagreement"
 
@@ -385,18 +393,110 @@ def test_the_answer_counts_verdicts_and_names_the_valid(found: ModelAudit) -> No
     row = cells[cells["family"] == "metrics"].iloc[2]
     words = words_of(AuditTables.of([one]))
     assert f"Of {n} cells (metric and layer): 1 valid, 0 inverted, 2 where the two tests disagree" in words
-    assert f"{n - 3} equivalent to no effect (|d| below 0.1)" in words
+    differ = "2 of them still differ from zero by both tests"
+    assert f"{n - 3} of which |d| is shown to be below 0.1 ({differ})." in words
+    assert f"{n - 3} equivalent (2 of them significant by both tests)" in audit_text(AuditTables.of([one]))
+    html = audit_page_html(AuditTables.of([one]))
+    listed = html[html.index("equivalent, though both tests are significant") :]
+    listed = listed[: listed.index("<details")]
+    of = cells.index[cells["family"] == "metrics"]
+    rows = re.findall(r'data-row="audit:(\d+)" data-column="metric"', listed)
+    assert [int(row) for row in rows] == list(of[6:8])
     assert f"Valid: {row['metric']} at M{row['layer']} (d +0.432)." in words
-    assert "No metric is valid" not in words
+    assert "No metric is shown" not in words
 
     none = with_cells(found, lambda frame: frame.__setitem__("verdict", "equivalent"))
-    assert "No metric is valid at any layer." in words_of(AuditTables.of([none]))
+    assert "<b>No metric is shown to be valid at any layer.</b>" in audit_section(AuditTables.of([none]))
+
+
+def test_cells_that_show_nothing_are_no_evidence_of_absence(found: ModelAudit) -> None:
+    def change(cells: pd.DataFrame) -> None:
+        of_metrics = cells.index[cells["family"] == "metrics"]
+        cells.loc[of_metrics, "verdict"] = "equivalent"
+        cells.loc[of_metrics[:3], "verdict"] = "inconclusive"
+        cells.loc[of_metrics[:3], "detectable_d"] = [0.5, 0.14, 0.1]
+
+    tables = AuditTables.of([with_cells(found, change)])
+    n = int((tables.audit["family"] == "metrics").sum())
+    words = words_of(tables)
+    assert f"at any layer; 3 of {n} cells are inconclusive, which is no evidence of absence" in words
+    assert "show |d| from about 0.140 on" in words
+    assert "<b>No metric is shown" not in audit_section(tables)
+
+
+@pytest.mark.parametrize("n_documents", [4, 6, 12])
+def test_too_few_documents_for_ranks_are_said_before_any_verdict(found: ModelAudit, n_documents: int) -> None:
+    def change(cells: pd.DataFrame) -> None:
+        cells[["n_documents", "n_family"]] = [n_documents, 36]
+
+    tables = AuditTables.of([with_cells(found, change)])
+    silent = (
+        "With 6 documents the signed-rank test cannot reach 0.05 in a family of 36: no cell can be valid."
+    )
+    words, text = words_of(tables), audit_text(tables)
+    for said in (words, " ".join(text.split())):
+        assert (silent in said) == (n_documents == 6)
+        assert ("With under 5 documents (4 here) every cell is inconclusive." in said) == (n_documents == 4)
+    if n_documents == 6:
+        assert words.index(silent) < words.index("valid, 0 inverted")
+        assert text.index("With 6 documents") < text.index("metrics: ")
+
+
+def test_a_positive_control_apart_from_zero_is_seen_though_not_valid(found: ModelAudit) -> None:
+    def change(cells: pd.DataFrame) -> None:
+        cells["n_documents"] = 6
+        control = cells.index[cells["metric"] == "first_order"]
+        cells.loc[control, ["verdict", "d_low", "d_high", "n_family"]] = ["inconclusive", 0.2, 0.9, 5]
+        cells.loc[control, ["p_t_holm", "p_wilcoxon_holm"]] = [0.01, 0.16]
+
+    tables = AuditTables.of([with_cells(found, change)])
+    words, text = words_of(tables), " ".join(audit_text(tables).split())
+    assert "had no power" not in words + text
+    assert "NOT SEEN" not in text
+    assert "is valid at 0 of" in words
+    assert "t: significant; ranks: cannot be" in words
+    assert "is not `valid` at any layer: M0, " in text
+    assert "(t: significant; ranks: cannot be)" in text
+
+
+def test_the_fixed_order_is_no_null(found: ModelAudit) -> None:
+    def change(cells: pd.DataFrame) -> None:
+        rows = cells.index[cells["metric"] == "random"]
+        cells.loc[rows, ["p_t_holm", "p_wilcoxon_holm", "verdict", "d"]] = [0.5, 0.5, "equivalent", 0.01]
+        cells.loc[rows[1], ["p_wilcoxon_holm", "d"]] = [0.04, 0.0321]
+
+    words = words_of(AuditTables.of([with_cells(found, change)]))
+    layer = sorted(found.audits[0].cells["layer"].unique())[1]
+    assert "it is no null" in words
+    assert f"A test finds something of it at M{layer} (d +0.032, equivalent)." in words
+
+
+def test_cards_count_one_experiment_of_each_model(page: Element, several: AuditTables) -> None:
+    own = several.audit.query("scope == 'token' and as_released == '' and family == 'metrics'")
+    (card,) = [e for e in page.all("div", **{"class": "card"}) if "cells of metrics are valid" in e.text]
+    shown = [int(e.text) for e in card.all("span") if e.traced]
+    assert shown == [int((own["verdict"] == "valid").sum()), len(own)]
+    assert "(token scope, own definitions, 3 experiments)" in card.text
+
+
+def test_counts_of_a_layer_are_of_metrics_and_controls_are_named(found: ModelAudit) -> None:
+    def change(cells: pd.DataFrame) -> None:
+        cells["verdict"] = "equivalent"
+        cells.loc[cells["family"] == "control", "verdict"] = "valid"
+
+    page = read(audit_section(AuditTables.of([with_cells(found, change)])))
+    heads = [h.text for h in page.all("h4") if h.text.startswith("Layer ")]
+    assert len(heads) == found.audits[0].cells["layer"].nunique()
+    for head in heads:
+        n = len(METRICS)
+        assert head.endswith(f"metrics: {n} equivalent; controls: routing_weight valid, first_order valid")
 
 
 @pytest.mark.parametrize("seen", ["everywhere", "in part", "nowhere", "not there"])
 def test_a_protocol_without_power_is_said_to_be_one(found: ModelAudit, seen: str) -> None:
     def change(cells: pd.DataFrame) -> None:
         control = cells.index[cells["metric"] == "first_order"]
+        cells.loc[control, ["d_low", "d_high"]] = [-0.1, 0.9]
         cells.loc[control, "verdict"] = "valid" if seen != "nowhere" else "inconclusive"
         if seen == "in part":
             cells.loc[control[-1], "verdict"] = "inconclusive"
@@ -407,10 +507,10 @@ def test_a_protocol_without_power_is_said_to_be_one(found: ModelAudit, seen: str
     words, text = words_of(tables), audit_text(tables)
     assert ("had no power here" in words) == (seen == "nowhere")
     assert ("NOT SEEN" in text) == (seen == "nowhere")
-    assert ("where this protocol had no power" in words) == (seen == "in part")
+    assert ("zero and this protocol had no power" in words) == (seen == "in part")
     assert ("There is no positive control" in words) == (seen == "not there")
     assert ("no positive control" in text) == (seen == "not there")
-    assert ("sees an effect where there is one" in words) == (seen == "everywhere")
+    assert ("effects of this size are seen; of smaller ones see" in words) == (seen == "everywhere")
 
 
 def test_every_experiment_is_said_and_two_of_a_kind_are_two(found: ModelAudit) -> None:
@@ -658,11 +758,17 @@ def test_many_layers_come_in_blocks(found: ModelAudit) -> None:
         assert len(re.findall(rf"\bM{layer}\b", text)) == 1
     html = audit_page_html(AuditTables.of([one]))
     assert "The heaviest experts together" not in html
-    assert "What the other experts make up for" not in html
+    assert "the rest of the layer also writes" not in html
 
 
 def test_the_section_is_a_part_of_a_page(found: ModelAudit) -> None:
     section = audit_section(AuditTables.of([found]))
+    led, begins = audit_section(AuditTables.of([found]), lead=True), "<p><b>tiny, token scope.</b>"
+    assert section.startswith(begins)
+    lead = led.partition(begins)[0]
+    assert "at one token, and the loss of the next token is read there" in lead
+    assert re.search(r"positions in <span [^>]*>12</span> documents", lead)
+    assert audit_page_html(AuditTables.of([found])).count('<p class="lead">At each position') == 1
     page = read(section)
     assert not [e for e in page.all() if e.tag in ("html", "body", "main", "h1", "h2")]
     assert len(page.all("table", **{"class": "grid"})) == len(found.audits)

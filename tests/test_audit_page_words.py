@@ -128,7 +128,9 @@ def test_how_many_cells_were_corrected_for_stands_at_the_grid() -> None:
     assert "Corrected within 144 cells of the metrics, and within 8 cells of each control." in said(
         tables_of(both)
     )
-    line = re.search(r'<p class="note">Corrected within.*?</p>', after_grid)
+    line = re.search(
+        r'<p class="note">Intervals: 95%, each cell alone. p: after Holm. Corrected within.*?</p>', after_grid
+    )
     assert line is not None
     assert re.findall(r'data-row="audit:(\d+)" data-column="n_family"', line[0]) == ["0", str(2 * 4)]
     one = both.cells[both.cells["metric"] != "first_order"]
@@ -139,12 +141,28 @@ def test_how_many_cells_were_corrected_for_stands_at_the_grid() -> None:
     assert "Corrected within 1 cell of the control." in said(tables_of(Audit(alone, made.provenance)))
 
 
+def test_equivalence_is_said_to_be_uncorrected_and_how_much_of_it_remains() -> None:
+    made = made_audit([0, 1])
+    cells = made.cells
+    of_metrics = cells.index[cells["family"] == "metrics"]
+    assert "not corrected; after Holm" not in said(tables_of(made))
+    cells.loc[of_metrics[:3], "verdict"] = "equivalent"
+    cells["p_tost_holm"] = 0.06
+    cells.loc[of_metrics[1:5], "p_tost_holm"] = 0.05
+    text = said(tables_of(made))
+    assert (
+        "not corrected; after Holm too (p_tost_holm) 2 of the 3 equivalent cells of metrics would be." in text
+    )
+
+
 def test_verdicts_are_explained() -> None:
     text = said(tables_of(made_audit([0])))
     for meaning in MEANINGS.values():
         assert meaning in text
     assert "too few documents for the rank test" in MEANINGS["inconclusive"]
     assert "skewed" in MEANINGS["disagreement"]
+    for word in ("may still differ from zero", "uncorrected", "pruning gain"):
+        assert word in MEANINGS["equivalent"]
 
 
 # ---- what is open ----

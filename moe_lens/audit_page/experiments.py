@@ -1,11 +1,11 @@
-"""The experiments of an audit's tables, and what they found in words, as HTML.
+"""The experiments of an audit's tables, and what was done in them in words, as HTML.
 
 An experiment is one way of ablating one model's experts (scope and how), with one set of definitions of the metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any, cast
@@ -13,12 +13,13 @@ from typing import Any, cast
 import pandas as pd
 
 from moe_lens.audit.audit_tables import AuditTables
-from moe_lens.audit_page.numbers import Row, count_html, rows_of
+from moe_lens.audit.paired_tests import SMALLEST_EFFECT
+from moe_lens.audit.signed_rank import EXACT_BELOW
+from moe_lens.audit_page.numbers import Row, at_most, count_html, has, rows_of
 
 VERDICTS = ("valid", "inverted", "disagreement", "equivalent", "inconclusive")
 """In the order in which they are told."""
 POSITIVE_CONTROL, BASELINE = "first_order", "random"
-_MOST_NAMED = 12
 
 HOW = {
     "zero": "an expert’s contribution is set to zero",
@@ -89,9 +90,30 @@ class Experiment:
     def settings(self) -> Mapping[str, Any]:
         return self.facts.get("settings", {})
 
+    @property
+    def alpha(self) -> float:
+        """Of its verdicts."""
+        return float(self.settings.get("alpha", 0.05))
+
+    @property
+    def smallest_effect(self) -> float:
+        """|d| below which `equivalent` is."""
+        return float(self.settings.get("smallest_effect", SMALLEST_EFFECT))
+
+    @property
+    def by_both_tests(self) -> dict[str, Any]:
+        """What the rows have of which t and signed ranks are both significant after correction."""
+        return {"p_t_holm": at_most(self.alpha), "p_wilcoxon_holm": at_most(self.alpha)}
+
     def of(self, **values: Any) -> list[Row]:
         """Its rows that have these values."""
-        return [row for row in self.rows if all(row[name] == value for name, value in values.items())]
+        return [row for row in self.rows if all(has(row, name, value) for name, value in values.items())]
+
+    def ranks_are_silent(self, row: Row) -> bool:
+        """Whether so few documents cannot have a signed-rank p that survives correction; see
+        `moe_lens.audit.corrections.verdict`."""
+        n_documents = int(row["n_documents"])
+        return n_documents < EXACT_BELOW and row["n_family"] * 2.0 ** (1 - n_documents) > self.alpha
 
     def count(self, **values: Any) -> str:
         """How many of its rows have these values, traceable."""
@@ -149,11 +171,11 @@ def what_was_done(experiment: Experiment) -> str:
     up_to = "" if len({row["n_positions"] for row in rows}) == 1 else "up to "
     positions = f"{up_to}{most.html('n_positions')} positions in {documents.html('n_documents')} documents"
     metrics = families.count("metrics")
-    of = f"{metrics} metric{'' if metrics == 1 else 's'} and {families.count('control')} controls"
+    of = f"{counted(metrics, 'metric')} and {counted(families.count('control'), 'control')}"
     layers = experiment.layers
     said = (
         f"{HOW.get(experiment.how, escape(experiment.how))} {SCOPES.get(experiment.scope, escape(experiment.scope))}. "
-        f"{of} at {len(layers)} layer{'' if len(layers) == 1 else 's'}, {positions}."
+        f"{of} at {counted(len(layers), 'layer')}, {positions}."
     )
     said = f"<b>{escape(experiment.name)}</b>: {said}"
     if experiment.settings.get("n") is not None:
@@ -174,108 +196,11 @@ def what_was_done(experiment: Experiment) -> str:
     return said
 
 
-# ---- what was found ----
-
-
-def answer(experiment: Experiment) -> str:
-    """What it found, in words, as HTML."""
-    return (
-        f"<p><b>{escape(experiment.name)}.</b> {_verdicts(experiment)} {_best(experiment)}</p>"
-        f"<p>{_positive_control(experiment)} {_others(experiment)}</p>"
-    )
-
-
-def _verdicts(experiment: Experiment) -> str:
-    if not experiment.of(family="metrics"):
-        return "Only controls were audited."
-    effect = experiment.settings.get("smallest_effect")
-    than = "" if effect is None else f" (|d| below {effect:g})"
-    said = {
-        "valid": "valid",
-        "inverted": "inverted",
-        "disagreement": "where the two tests disagree",
-        "equivalent": f"equivalent to no effect{than}",
-        "inconclusive": "inconclusive",
-    }
-    parts = [
-        f"{experiment.count(family='metrics', verdict=name)} {text}"
-        for name, text in said.items()
-        if name in ("valid", "inverted") or experiment.of(family="metrics", verdict=name)
-    ]
-    return f"Of {experiment.count(family='metrics')} cells (metric and layer): {_listed(parts)}."
-
-
-def _best(experiment: Experiment) -> str:
-    sentences = []
-    for verdict in ("valid", "inverted"):
-        cells = experiment.of(family="metrics", verdict=verdict)
-        if not cells:
-            continue
-        cells.sort(key=lambda row: -abs(row["d"]))
-        named = [
-            f"<code>{escape(row['metric'])}</code> at M{row.html('layer')} (d&nbsp;{row.html('d', link=row.anchor)})"
-            for row in cells[:_MOST_NAMED]
-        ]
-        first = "" if len(cells) <= _MOST_NAMED else ", the largest of them"
-        sentences.append(f"{verdict.capitalize()}{first}: {_listed(named)}.")
-    if not experiment.of(family="metrics", verdict="valid") and experiment.of(family="metrics"):
-        sentences.insert(0, "<b>No metric is valid at any layer.</b>")
-    return " ".join(sentences)
-
-
-def _positive_control(experiment: Experiment) -> str:
-    cells = experiment.of(family="control", metric=POSITIVE_CONTROL)
-    name = f"<code>{POSITIVE_CONTROL}</code>"
-    if not cells:
-        return f"There is no positive control ({name}) here, so whether this could have seen an effect is not shown."
-    valid = [row for row in cells if row["verdict"] == "valid"]
-    if not valid:
-        return (
-            f'<b class="bad">The positive control, {name}, is not seen at any layer: so this protocol had no power '
-            f"here, and what it does not find may be there.</b>"
-        )
-    low, high = min(valid, key=lambda row: row["d"]), max(valid, key=lambda row: row["d"])
-    seen = {"family": "control", "metric": POSITIVE_CONTROL}
-    said = (
-        f"The positive control, {name}, is valid at {experiment.count(**seen, verdict='valid')} of "
-        f"{experiment.count(**seen)} layers (d&nbsp;{low.html('d')} to {high.html('d')})"
-    )
-    missed = [row for row in cells if row["verdict"] != "valid"]
-    if missed:
-        at = _listed([f"M{row.html('layer')}" for row in missed])
-        return f'{said}; <b class="bad">not at {at}, where this protocol had no power.</b>'
-    return f"{said}: the protocol sees an effect where there is one."
-
-
-def _others(experiment: Experiment) -> str:
-    sentences = []
-    for family, name in experiment.metrics:
-        if family == "control" and name != POSITIVE_CONTROL:
-            of = {"family": family, "metric": name}
-            sentences.append(
-                f"The control <code>{escape(name)}</code> is valid at {experiment.count(**of, verdict='valid')} of "
-                f"{experiment.count(**of)} layers."
-            )
-    baseline = {"family": "metrics", "metric": BASELINE}
-    if experiment.of(**baseline):
-        found = [row for row in experiment.of(**baseline) if row["verdict"] in ("valid", "inverted")]
-        at = _listed([f"M{row.html('layer')}" for row in found])
-        sentences.append(
-            f"The baseline <code>{BASELINE}</code>, an order of experts drawn by chance, is "
-            + (
-                f"valid or inverted at {at}: by chance an order may be."
-                if found
-                else "neither valid nor inverted anywhere."
-            )
-        )
-    return " ".join(sentences)
-
-
 def verdict_counts(rows: Iterable[Row]) -> dict[str, int]:
     """How many rows have each verdict, in the order of `VERDICTS`; only those that there are."""
     verdicts = [row["verdict"] for row in rows]
     return {name: verdicts.count(name) for name in VERDICTS if name in verdicts}
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -2,7 +2,7 @@
 
 An element with `data-row="audit:17" data-column="d"` shows the value of column `d` in row 17, from 0, of
 `audit.parquet`, rounded. One with `data-count="audit"` shows how many rows of that file have the values that
-`data-where` has, as JSON.
+`data-where` has, as JSON; `{"at most": 0.05}` stands for every value up to this one.
 """
 
 from __future__ import annotations
@@ -180,15 +180,25 @@ def rows_of(table: str, frame: pd.DataFrame) -> list[Row]:
     return [Row(table, i, values) for i, values in enumerate(frame.to_dict("records"))]  # type: ignore[arg-type]
 
 
+def at_most(value: float) -> dict[str, float]:
+    """What `data-where` says of a column whose values are counted up to this one."""
+    return {"at most": value}
+
+
+def has(row: Row, name: str, wanted: Any) -> bool:
+    """Whether a row has this value, or one up to it; a missing number has none."""
+    return bool(row[name] <= wanted["at most"] if isinstance(wanted, dict) else row[name] == wanted)
+
+
 def count_html(table: str, rows: Iterable[Row], where: Mapping[str, Any], *, tag: str = "span") -> str:
     """How many of the rows have these values, traceable.
 
     Args:
         table: that the rows are of.
         rows: all of them, or at least all that have these values.
-        where: values by column.
+        where: values by column, each a value or `at_most`.
     """
-    n = sum(all(row[name] == value for name, value in where.items()) for row in rows)
+    n = sum(all(has(row, name, value) for name, value in where.items()) for row in rows)
     css = ' class="number"' if tag == "td" else ""
     return f'<{tag}{css} data-count="{table}" data-where="{escape(json.dumps(where))}">{n:,}</{tag}>'
 

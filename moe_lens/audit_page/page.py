@@ -16,13 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.audit.audit_tables import AuditTables
-from moe_lens.audit_page.experiments import (
-    POSITIVE_CONTROL,
-    Experiment,
-    answer,
-    experiments_of,
-    what_was_done,
-)
+from moe_lens.audit_page.answers import answer
+from moe_lens.audit_page.experiments import POSITIVE_CONTROL, Experiment, experiments_of, what_was_done
 from moe_lens.audit_page.figures import audit_figures, progressive_figure, redistribution_figure
 from moe_lens.audit_page.noise import noise_html
 from moe_lens.audit_page.numbers import count_html, rows_of
@@ -129,7 +124,7 @@ def audit_page_html(tables: AuditTables) -> str:
     title = f"Does any metric say which experts{f' of {of}' if of else ''} matter?"
     parts = [f"<h1>{escape(title)}</h1>"]
     if experiments:
-        parts += [_lead(experiments), _cards(tables)]
+        parts += [_lead(experiments), _cards(tables, experiments)]
     parts.append(_verification(tables))
     if experiments:
         parts += [
@@ -141,24 +136,27 @@ def audit_page_html(tables: AuditTables) -> str:
     return page_html(title, "\n".join(parts), css=AUDIT_CSS, figures=bool(experiments))
 
 
-def audit_section(tables: AuditTables, *, rows_open: bool = False) -> str:
+def audit_section(tables: AuditTables, *, rows_open: bool = False, lead: bool = False) -> str:
     """What the audit found, as HTML; the page must have plotly's script and `AUDIT_CSS`, and a heading above it.
 
     Args:
         tables: models that failed verification have no rows but those of their checks. Where all did, this says so.
         rows_open: whether all rows are seen at once, of experiments with at most 400, and not only on request.
+        lead: whether it begins with what was done, for a page that does not say so above.
     """
     experiments = experiments_of(tables)
     if not experiments:
         return '<p class="bad">No model passed verification, so there is no result.</p>'
     answers = [f"{answer(one)}{noise_html(one)}" for one in experiments]
-    parts = [*answers, f'<p class="note">{_FILES}</p>']
+    parts = [_lead(experiments)] if lead else []
+    parts += [*answers, f'<p class="note">{_FILES}</p>']
     parts.append(audit_figures(tables, experiments))
     parts += [
         "<h3>Every metric at every layer</h3>",
         "<p>Cohen’s d of the paired difference: what ablating a token’s highest expert by the metric costs, less what "
         "ablating its lowest costs. A verdict takes the t-test and the signed-rank test, both with documents as "
-        "clusters and corrected after Holm, and a test of equivalence. A number leads to its row.</p>",
+        "clusters and corrected after Holm, and a test of equivalence, which is not corrected: of cells whose |d| is "
+        "at the bound, up to 5% are called equivalent all the same. A number leads to its row.</p>",
         legend(),
     ]
     for one in experiments:
@@ -172,41 +170,60 @@ def audit_section(tables: AuditTables, *, rows_open: bool = False) -> str:
 
 def _lead(experiments: Sequence[Experiment]) -> str:
     done = "".join(f"<li>{what_was_done(one)}</li>" for one in experiments)
+    effects = " or ".join(
+        f"{effect:g}" for effect in dict.fromkeys(one.smallest_effect for one in experiments)
+    )
     return f"""<p class="lead">At each position the experts at work are ranked by a metric, and what ablating the
-highest does to the loss is compared with what ablating the lowest does. A metric is valid at a layer if the difference
-is reliably positive.</p>
+highest does to the loss is compared with what ablating the lowest does. A metric is called valid at a layer if both
+tests find the difference positive after correction, and |d| is not shown to be below {effects}.</p>
 <ul class="done lead">{done}</ul>"""
 
 
-def _cards(tables: AuditTables) -> str:
+def _cards(tables: AuditTables, experiments: Sequence[Experiment]) -> str:
+    """Counts are of the first experiment's kind alone: others have the same controls, and metrics of other
+    definitions or of another scope."""
     rows = rows_of("audit", tables.audit)
     n_passed = sum(one["passed"] for one in tables.provenance)
-    metrics = {"family": "metrics"}
-    control = {"family": "control", "metric": POSITIVE_CONTROL}
+    first = next((one for one in experiments if not one.as_released), experiments[0])
+    kind = {"scope": first.scope, "how": first.how, "as_released": first.as_released}
+    metrics = {**kind, "family": "metrics"}
+    control = {**kind, "family": "control", "metric": POSITIVE_CONTROL}
+    alike = [one for one in experiments if (one.scope, one.how, one.as_released) == tuple(kind.values())]
+    of = f"{first.scope} scope" + ("" if first.how == "zero" else f", {first.how}")
+    of += f", metrics as released for {first.as_released}" if first.as_released else ", own definitions"
+    of += f", {len(alike)} experiments" if len(alike) > 1 else ""
 
     def count(where: Mapping[str, Any]) -> str:
         return count_html("audit", rows, where)
 
     verified = f"{n_passed} of {len(tables.labels)}"
     cards = [(verified, "models passed verification", "good" if tables.passed else "bad")]
-    if any(row["family"] == "metrics" for row in rows):
+    if any(one.of(family="metrics") for one in alike):
+        differ = count({**metrics, "verdict": "equivalent", **first.by_both_tests})
         cards += [
             (
                 f"{count({**metrics, 'verdict': 'valid'})} of {count(metrics)}",
-                "cells of metrics are valid",
+                f"cells of metrics are valid ({escape(of)})",
                 "",
             ),
-            (count({**metrics, "verdict": "equivalent"}), "are shown to be equivalent to no effect", ""),
-            (count({**metrics, "verdict": "inconclusive"}), "are inconclusive", ""),
+            (
+                count({**metrics, "verdict": "equivalent"}),
+                f"of these have |d| shown to be below {first.smallest_effect:g}; {differ} of "
+                f"them still differ from zero by both tests",
+                "",
+            ),
+            (count({**metrics, "verdict": "inconclusive"}), "of these are inconclusive", ""),
         ]
     seen = [
-        row["verdict"] == "valid" for row in rows if (row["family"], row["metric"]) == tuple(control.values())
+        row["verdict"] == "valid"
+        for one in alike
+        for row in one.of(family="control", metric=POSITIVE_CONTROL)
     ]
     if seen:
         cards.append(
             (
                 f"{count({**control, 'verdict': 'valid'})} of {count(control)}",
-                "cells of the positive control are valid",
+                f"cells of the positive control are valid ({escape(of)})",
                 "good" if all(seen) else "bad" if not any(seen) else "",
             )
         )
@@ -260,14 +277,22 @@ def _redistribution(tables: AuditTables) -> str:
         return ""
     rows = by_label(rows_of("redistribution", tables.redistribution))
     parts = [
-        "<h3>What the other experts make up for</h3>",
+        "<h3>How much of an expert’s output the rest of the layer also writes</h3>",
         "<p>Spearman’s ρ over the experts of a layer, of means over the tokens where each is active. The gap norm is "
         "how far the layer’s output moves without the expert; the relative compensation is how much of the lost vector "
-        "the rest of the layer still writes. Intervals are over documents drawn anew; those over experts drawn anew, "
-        "which are wider, are among all columns.</p>",
+        "the rest of the layer writes too, in the same run: nothing reacts to the loss, and where the rest points the "
+        f"other way it counts as 0. Intervals are of {_confidence(tables)}, over documents drawn anew; those over "
+        "experts drawn anew, which are wider, are among all columns. p takes experts for independent and is not "
+        "corrected for the number of layers and pairs.</p>",
         redistribution_figure(tables),
     ]
     for label, of_label in rows.items():
         parts.append(f"<h4>{escape(label)}</h4>" if len(tables.labels) > 1 else "")
         parts.append(redistribution_table(of_label))
     return "\n".join(parts)
+
+
+def _confidence(tables: AuditTables) -> str:
+    """Of the intervals of correlations; several where models differ."""
+    found = [(one.get("redistribution") or {}).get("confidence", 0.95) for one in tables.provenance]
+    return " or ".join(f"{100 * value:g}%" for value in dict.fromkeys(found))

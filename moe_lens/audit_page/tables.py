@@ -8,7 +8,7 @@ from html import escape
 import moe_lens.audit.protocol as protocol
 from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit_page.experiments import VERDICTS, Experiment, verdict_counts
-from moe_lens.audit_page.numbers import MISSING, Row, rows_of, rows_table
+from moe_lens.audit_page.numbers import MISSING, Row, at_most, rows_of, rows_table
 
 _FOUND = ("valid", "inverted", "disagreement")
 _MOST_FOUND = 24
@@ -23,9 +23,10 @@ MEANINGS = {
     "inverted": "the reverse, by both tests",
     "disagreement": "one of the tests finds something, or they find opposite signs; often differences that are skewed, "
     "which the rank test finds even if their mean is zero",
-    "equivalent": "shown to be too small to matter, even if it is not zero",
-    "inconclusive": "neither an effect nor its absence is shown, or there are too few documents for the rank test ever "
-    "to find one",
+    "equivalent": "|d| is shown to be below the smallest effect (two one-sided tests at 5%, uncorrected); it may still "
+    "differ from zero, and may still help pruning: see pruning gain",
+    "inconclusive": "neither an effect nor its absence is shown; also under 10 pairs or 5 documents, or where there "
+    "are too few documents for the rank test ever to find one",
 }
 
 
@@ -90,7 +91,8 @@ def experiment_tables(experiment: Experiment, *, rows_open: bool = False) -> str
 
 
 def _corrected_within(experiment: Experiment) -> str:
-    """How many tests each p was corrected for. All metrics are one family; so is each control."""
+    """Of what the intervals and p are, and how many tests each p was corrected for. All metrics are one family; so is
+    each control."""
     sizes: dict[tuple[str, int], tuple[Row, set[str]]] = {}
     for row in experiment.rows:
         _, names = sizes.setdefault((row["family"], int(row["n_family"])), (row, set()))
@@ -100,7 +102,18 @@ def _corrected_within(experiment: Experiment) -> str:
         cells = f"{row.html('n_family')} cell{'' if n == 1 else 's'}"
         controls = "each control" if len(names) > 1 else "the control"
         parts.append(f"{cells} of {'the metrics' if family == 'metrics' else controls}")
-    return f'<p class="note">Corrected within {", and within ".join(parts)}.</p>'
+    said = (
+        f"Intervals: {100 * (1 - experiment.alpha):g}%, each cell alone. p: after Holm. Corrected within "
+        f"{', and within '.join(parts)}. Another set of metrics is another family, and so are its verdicts."
+    )
+    if experiment.of(family="metrics", verdict="equivalent"):
+        found = {"family": "metrics", "verdict": "equivalent"}
+        said += (
+            f" The test of equivalence is not corrected; after Holm too (<code>p_tost_holm</code>) "
+            f"{experiment.count(**found, p_tost_holm=at_most(experiment.alpha))} of the {experiment.count(**found)} "
+            f"equivalent cells of metrics would be."
+        )
+    return f'<p class="note">{said}</p>'
 
 
 def _grid(experiment: Experiment) -> str:
@@ -130,10 +143,16 @@ def _of_grid(row: Row | None) -> str:
 
 def _found(experiment: Experiment) -> str:
     rows = [row for row in experiment.of(family="metrics") if row["verdict"] in _FOUND]
+    differ = experiment.of(family="metrics", verdict="equivalent", **experiment.by_both_tests)
+    return _found_rows("Metrics that are valid, inverted, or where the tests disagree", rows) + _found_rows(
+        "Metrics that are equivalent, though both tests are significant", differ
+    )
+
+
+def _found_rows(title: str, rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     drawn = rows_table(rows, ("metric", "layer", *_DEFAULT), names=_COLUMN_NAMES)
-    title = "Metrics that are valid, inverted, or where the tests disagree"
     if len(rows) <= _MOST_FOUND:
         return f"<h4>{title}</h4>{drawn}"
     return f"<details><summary>{title}</summary>{drawn}</details>"
@@ -145,9 +164,17 @@ def _all_rows(experiment: Experiment, columns: Sequence[str], is_open: bool) -> 
     parts = []
     for layer in experiment.layers:
         rows = experiment.of(layer=layer)
-        counts = ", ".join(
-            f"{experiment.count(layer=layer, verdict=name)} {name}" for name in verdict_counts(rows)
-        )
+        metrics = experiment.of(layer=layer, family="metrics")
+        parts_said = [
+            f"{experiment.count(layer=layer, family='metrics', verdict=name)} {name}"
+            for name in verdict_counts(metrics)
+        ]
+        said = [f"metrics: {', '.join(parts_said)}"] if metrics else []
+        controls = [
+            f"{row['metric']} {row['verdict']}" for row in experiment.of(layer=layer, family="control")
+        ]
+        said += [f"controls: {escape(', '.join(controls))}"] if controls else []
+        counts = "; ".join(said)
         parts.append(
             f'<h4>Layer {layer} <span class="kind">{counts}</span></h4>'
             + rows_table(rows, ("metric", *_DEFAULT), more, names=_COLUMN_NAMES, anchors=True)

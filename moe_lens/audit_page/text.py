@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_lens.audit.audit_tables import AuditTables
+from moe_lens.audit_page.answers import positive_control_said, ranks_silent_said
 from moe_lens.audit_page.experiments import (
     POSITIVE_CONTROL,
     VERDICTS,
@@ -21,6 +22,10 @@ WIDTH = 110
 _LONGEST_NAME = 34
 _MARKS = {"valid": ">", "inverted": "<", "disagreement": "x", "equivalent": "=", "inconclusive": "?"}
 _CELL = 8
+_MEANING = (
+    "equivalent: |d| is shown to be below the smallest effect (two one-sided tests at 5%, uncorrected for many\n"
+    "  cells); it may still differ from zero, and may still help pruning. Other verdicts: p after Holm's correction"
+)
 
 
 def audit_text(tables: AuditTables) -> str:
@@ -33,7 +38,10 @@ def audit_text(tables: AuditTables) -> str:
     experiments = experiments_of(tables)
     if experiments:
         parts.append(
-            "d of each metric and layer; " + ", ".join(f"{_MARKS[name]} {name}" for name in VERDICTS)
+            "d of each metric and layer; "
+            + ", ".join(f"{_MARKS[name]} {name}" for name in VERDICTS)
+            + "\n"
+            + _MEANING
         )
     parts += [_experiment(one) for one in experiments]
     published = rows_of("published", tables.published)
@@ -107,25 +115,28 @@ def _cell(row: Row | None) -> str:
 
 
 def _in_words(one: Experiment) -> list[str]:
-    lines = []
+    lines = [ranks_silent_said(one)]
     metrics = one.of(family="metrics")
     if metrics:
-        lines.append(f"metrics: {_counts(metrics)}")
+        lines.append(f"metrics: {_counts(metrics, one)}")
     for family, metric in one.metrics:
         if family != "control":
             continue
         rows = one.of(family=family, metric=metric)
-        line = f"control {_plain(metric)}: {_counts(rows)}"
-        if metric == POSITIVE_CONTROL and not any(row["verdict"] == "valid" for row in rows):
-            line += "; the positive control is NOT SEEN, so this protocol had no power here"
-        lines.append(line)
+        line = f"control {_plain(metric)}: {_counts(rows, one)}"
+        wrong = positive_control_said(one) if metric == POSITIVE_CONTROL else ""
+        lines.append(f"{line}; {wrong}" if wrong else line)
     if not one.of(family="control", metric=POSITIVE_CONTROL):
-        lines.append("no positive control: whether this could have seen an effect is not shown")
-    return lines
+        lines.append(positive_control_said(one))
+    return [line for line in lines if line]
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    return ", ".join(f"{n} {name}" for name, n in verdict_counts(rows).items()) + f"; {len(rows)} in all"
+def _counts(rows: Sequence[Row], one: Experiment) -> str:
+    """How many of each verdict; of those that are equivalent, how many differ from zero all the same."""
+    both = [row for row in one.of(verdict="equivalent", **one.by_both_tests) if row in rows]
+    more = {"equivalent": f" ({len(both)} of them significant by both tests)"} if both else {}
+    counts = [f"{n} {name}{more.get(name, '')}" for name, n in verdict_counts(rows).items()]
+    return f"{', '.join(counts)}; {len(rows)} in all"
 
 
 # ---- beside the published audit ----
