@@ -86,9 +86,13 @@ def test_forest_shows_every_cell_once_with_its_interval() -> None:
     figure = plots.effect_forest(cells)
     drawn = marks(figure)
     assert sorted(row for trace in drawn for row in trace.customdata) == cells.index.tolist()
-    assert {trace.name for trace in drawn} == {
-        f"{verdict} ({(cells['verdict'] == verdict).sum()})" for verdict in VERDICTS
-    }
+    names = set()
+    for verdict in VERDICTS:
+        of = cells.loc[cells["verdict"] == verdict, "family"]
+        controls = int((of == "control").sum())
+        names.add(f"{verdict} ({len(of) - controls}{f'; controls: {controls}' if controls else ''})")
+    assert {trace.name for trace in drawn} == names
+    assert any("controls" in name for name in names)
     for trace in drawn:
         rows = cells.loc[trace.customdata]
         assert set(rows["verdict"]) == {trace.legendgroup}
@@ -103,7 +107,10 @@ def test_forest_shows_every_cell_once_with_its_interval() -> None:
             )
     # Never by colour alone.
     assert len({trace.marker.symbol for trace in drawn}) == len({trace.marker.color for trace in drawn}) == 5
-    assert "12 cells: 2 metrics, 2 controls; layers from the top down" in title(figure)
+    assert (
+        "12 cells: 2 metrics, 2 controls; layers from the top down<br>bars: 95%; “equivalent” goes by 90%"
+        in title(figure)
+    )
     low, high = style.layout_of(figure).xaxis.range
     assert low <= cells["d_low"].min()
     assert high >= cells["d_high"].max()
@@ -182,11 +189,32 @@ def test_forest_bands_and_lines() -> None:
         plots.effect_forest(cells, smallest_effect=-1)
 
 
+def test_forest_marks_metrics_that_claim_most_for_low_values() -> None:
+    cells = cells_of()
+    low = cells.assign(higher_is_more_important=cells["metric"] != "random")
+    names = style.layout_of(plots.effect_forest(low)).yaxis.ticktext
+    assert "random (low)" in names
+    assert sum("(low)" in name for name in names) == 1
+    assert not any("(low)" in name for name in style.layout_of(plots.effect_forest(cells)).yaxis.ticktext)
+
+
+def test_forest_has_room_for_its_legend_in_two_columns() -> None:
+    """A narrow one has them: 16 for another line of subtitle, 20 a line of the legend, 30 for two of panel names."""
+    cells = cells_of()
+    layout = style.layout_of(plots.effect_forest(cells))
+    assert layout.margin.t == 70 + 16 + 20 * 4 + 30
+    assert layout.legend.y == pytest.approx(1 - 78 / layout.height)
+    one = style.layout_of(plots.effect_forest(cells.assign(verdict="valid"), smallest_effect=0))
+    assert one.margin.t == 70 + 16 + 20 + 30
+
+
 def test_forest_of_some() -> None:
     cells = cells_of()
     rows = {row for trace in marks(plots.effect_forest(cells, family="control")) for row in trace.customdata}
     assert set(cells.loc[sorted(rows), "family"]) == {"control"}
     assert len(rows) == 6
+    of_controls = {trace.name: len(trace.x) for trace in marks(plots.effect_forest(cells, family="control"))}
+    assert all(name.endswith(f" ({n})") for name, n in of_controls.items())
     one = plots.effect_forest(cells, metrics=["random", "first_order"])
     assert set(style.layout_of(one).yaxis.ticktext) == {"random", "first_order"}
     with pytest.raises(
@@ -208,7 +236,7 @@ def test_forest_of_some() -> None:
 def test_cells_without_a_test_are_counted() -> None:
     cells = without(without(cells_of(), 2), 7)
     figure = plots.effect_forest(cells)
-    assert title(figure).endswith("; 2 without a test")
+    assert "; 2 without a test<br>" in title(figure)
     of_row = {row: x for trace in marks(figure) for row, x in zip(trace.customdata, trace.x, strict=True)}
     assert np.isnan([of_row[2], of_row[7]]).all()
     low, high = style.layout_of(figure).xaxis.range

@@ -82,7 +82,15 @@ def test_chains_show_rho_with_interval_and_marks() -> None:
     ]
     assert layout.xaxis.title.text == layout.xaxis2.title.text == "layer"
     assert not layout.showlegend
-    assert "10 correlations; * p < 0.05, ** 0.01, *** 0.001" in title(figure)
+    assert (
+        "10 correlations; bars: over documents drawn anew<br>"
+        "stars: p over experts, uncorrected: * p < 0.05, ** 0.01, *** 0.001" in title(figure)
+    )
+    found = redistribution_of("a")
+    of = [Redistribution(found.experts, found.correlations, {"model": m, "confidence": 0.9}) for m in "ab"]
+    assert "; bars: 90% over documents" in title(plots.redistribution_chains(of))
+    assert "; bars: 90% over documents" in title(plots.redistribution_chains(of[0]))
+    assert "; bars: over documents" in title(plots.redistribution_chains([of[1], found]))
 
 
 def test_chains_of_models() -> None:

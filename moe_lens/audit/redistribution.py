@@ -13,6 +13,9 @@ cosine                 cos(c, remaining)
 relative compensation  ||remaining|| max(cos, 0) / ||c|| = max(<c, remaining>, 0) / ||c||^2: how much of the lost
                        vector the rest of the layer still writes, as a multiple of it
 
+All of it is of one run with the expert, so nothing makes up for it; where the rest points the other way, that counts
+as 0; and whether any of it reaches the logits, as the source reads it, is not measured.
+
 Each is averaged over the tokens at which the expert is active, and the averages are correlated across the experts of a
 layer (Spearman). Where c is zero, cosine and relative compensation are undefined; where `remaining` is zero, the cosine
 is undefined and the relative compensation is 0. Such tokens are counted, and left out of those means only.
@@ -63,7 +66,7 @@ __all__ = ["Redistribution", "redistribution"]
 
 @dataclass(frozen=True, eq=False)
 class Redistribution:
-    """What experts add to their layer, and what the rest of it makes up for. `redistribution` makes one.
+    """What experts add to their layer, and how much of it the rest writes too. `redistribution` makes one.
 
     Attributes:
         experts: one row per (layer, expert), active or not: `layer`, `expert`, `n_tokens` (at which it is active),

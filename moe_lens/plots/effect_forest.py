@@ -44,7 +44,12 @@ def effect_forest(
 ) -> go.Figure:
     """Cohen's d of every cell with its interval: a row for each metric, in it a line for each layer, the first on top;
     a panel for each model. Controls stand above the metrics, apart. Colour and mark say the verdict. In grey behind
-    them: the range of d over all cells of metrics, of all models, whether shown or not.
+    them: the range of d over all cells of metrics, of all models, whether shown or not. The legend counts cells of
+    metrics, and controls apart.
+
+    The bars are 95% intervals (at the audit's alpha of 0.05). `equivalent` is of two one-sided tests at that level,
+    which go by a 90% interval, so that its bar may cross a dashed line. The mark of a metric that claims most for its
+    lowest values, as the column `higher_is_more_important` says, is "(low)" behind its name.
 
     Args:
         cells: of one model or several.
@@ -84,9 +89,10 @@ def effect_forest(
             figure.add_trace(_effect_lines(effect, ends, panel == 0), row=1, col=panel + 1)
     found = set(shown["verdict"])
     verdicts = [name for name in _VERDICTS if name in found]
+    both = len(shown["family"].unique()) > 1
     for verdict in verdicts:
         of_verdict = shown.loc[shown["verdict"] == verdict]
-        name = f"{verdict} ({len(of_verdict):,})"
+        name = f"{verdict} ({_count(of_verdict, both)})"
         for panel, label in enumerate(labels):
             rows = of_verdict.loc[of_verdict["label"] == label]
             if len(rows):
@@ -97,7 +103,9 @@ def effect_forest(
     lay_out(figure, "Effect of each metric's choice, by layer", "", "", subtitle=_subtitle(shown))
     lay_out_chart(figure)
     figure.update_layout(height=round(pixels * ends) + 70 + 52, margin_l=8)
-    legend_below_heading(figure, lines=3, panel_names=2)
+    # Where it is narrow, the legend has two entries a line.
+    entries = len(verdicts) + bool(effect) + (within is not None)
+    legend_below_heading(figure, lines=-(-entries // 2), panel_names=2, subtitle_lines=2)
     _axes(figure, shown, tops, most, ends, len(labels), [-effect, effect, *(within or ())])
     _name_panels(figure, labels, layers)
     _behind(figure, within, tops, len(labels))
@@ -167,7 +175,7 @@ def _marks(
 
 
 def _subtitle(shown: pd.DataFrame) -> str:
-    """Short: it does not wrap."""
+    """Two short lines: they do not wrap."""
     kinds = []
     for family, what in (("metrics", "metric"), ("control", "control")):
         names = set(shown.loc[shown["family"] == family, "metric"])
@@ -175,7 +183,26 @@ def _subtitle(shown: pd.DataFrame) -> str:
             kinds.append(counted(len(names), what))
     n_missing = int(np.isnan(shown["d"].to_numpy(float)).sum())
     missing = f"; {n_missing} without a test" if n_missing else ""
-    return f"{counted(len(shown), 'cell')}: {', '.join(kinds)}; layers from the top down{missing}"
+    first = f"{counted(len(shown), 'cell')}: {', '.join(kinds)}; layers from the top down{missing}"
+    return f"{first}<br>bars: 95%; “equivalent” goes by 90%, so its bar may cross a dashed line"
+
+
+def _count(of_verdict: pd.DataFrame, both: bool) -> str:
+    """Of metrics; where controls are shown too, of these apart."""
+    controls = len(of_verdict.loc[of_verdict["family"] == "control"])
+    if not both:
+        return f"{len(of_verdict):,}"
+    return f"{len(of_verdict) - controls:,}" + (f"; controls: {controls:,}" if controls else "")
+
+
+def _row_name(shown: pd.DataFrame, row: Row) -> str:
+    """With a mark where the lowest values are those that the metric claims most for."""
+    family, metric = row
+    name = literal(metric)
+    if "higher_is_more_important" not in shown:
+        return name
+    of = shown.loc[(shown["family"] == family) & (shown["metric"] == metric)]
+    return name if of["higher_is_more_important"].to_numpy(bool).all() else f"{name} (low)"
 
 
 def _axes(
@@ -190,7 +217,7 @@ def _axes(
     figure.update_yaxes(
         range=[ends, 0],
         tickvals=[top + most / 2 for top in tops.values()],
-        ticktext=[literal(metric) for _, metric in tops],
+        ticktext=[_row_name(shown, row) for row in tops],
         tickfont=dict(size=11, color=INK),
         showgrid=False,
         automargin=True,

@@ -139,16 +139,20 @@ def depth_axis(figure: go.Figure, x: Float[np.ndarray, " row"], relative: bool) 
     )
 
 
-def legend_below_heading(figure: go.Figure, *, lines: int = 2, panel_names: int = 0) -> None:
+def legend_below_heading(
+    figure: go.Figure, *, lines: int = 2, panel_names: int = 0, subtitle_lines: int = 1
+) -> None:
     """Labels side by side under title and subtitle, so that the figure keeps its width for the values.
 
     Args:
         figure: laid out, with a subtitle.
         lines: for which there is room, in a narrow figure.
         panel_names: lines of text above the panels.
+        subtitle_lines: of the subtitle, whose first one `lay_out` has room for.
     """
     layout: Any = figure.layout
-    more = 20 * lines + 15 * panel_names
+    below = 16 * (subtitle_lines - 1)
+    more = 20 * lines + 15 * panel_names + below
     height = layout.height + more
     figure.update_layout(
         height=height,
@@ -161,7 +165,7 @@ def legend_below_heading(figure: go.Figure, *, lines: int = 2, panel_names: int 
             x=0.005,
             xref="container",
             xanchor="left",
-            y=1 - 62 / height,
+            y=1 - (62 + below) / height,
             yref="container",
             yanchor="top",
         ),

@@ -1,4 +1,4 @@
-"""From the router to the logits: does its weight say how large an expert's part is, and does that part matter?"""
+"""Does the router's weight say how large an expert's part is, and how much of it does the rest of the layer write?"""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def redistribution_chains(
 ) -> go.Figure:
     """Spearman's rho over the experts of a layer, against depth, a line for each model. On the left of routing weight
     and gap norm: does the router follow how large an expert's part is? On the right of gap norm and relative
-    compensation: does that part reach the logits? Bars are intervals over resampled documents; stars say p < 0.05 (*),
-    0.01 (**) and 0.001 (***).
+    compensation: how much of that part does the rest of the layer write too? The source reads it as whether the part
+    reaches the logits, which nothing here measures. Bars are intervals over resampled documents; stars say p < 0.05
+    (*), 0.01 (**) and 0.001 (***), where p takes experts for independent and is not corrected for many tests.
 
     Args:
         redistribution: a `Redistribution`, its `correlations` (with a column `label` for several models), or several.
@@ -77,13 +78,14 @@ def redistribution_chains(
         "Spearman's rho, over experts",
         subtitle=counted(len(shown), "correlation")
         + (f"; {n_missing} without a value" if n_missing else "")
-        + "; * p < 0.05, ** 0.01, *** 0.001",
+        + f"; bars: {_confidence(redistribution)}over documents drawn anew"
+        + "<br>stars: p over experts, uncorrected: * p < 0.05, ** 0.01, *** 0.001",
     )
     lay_out_chart(figure)
     depth_axis(figure, places, relative)
     fit_axis(figure.update_yaxes, shown[["rho", "low", "high"]].to_numpy(float).ravel(), "linear")
     figure.update_yaxes(title_text="", col=2)
-    legend_below_heading(figure, lines=2 if len(labels) > 1 else 0, panel_names=2)
+    legend_below_heading(figure, lines=2 if len(labels) > 1 else 0, panel_names=2, subtitle_lines=2)
     for panel, (_, _, said) in enumerate(_CHAINS):
         figure.add_annotation(
             # Two lines, so that a narrow figure has room for both.
@@ -101,6 +103,16 @@ def redistribution_chains(
         )
     figure.update_layout(showlegend=len(labels) > 1)
     return figure
+
+
+def _confidence(given: Redistribution | pd.DataFrame | Sequence[Redistribution]) -> str:
+    """Of the bars, where what is given says so: a frame does not."""
+    if isinstance(given, pd.DataFrame):
+        return ""
+    found = [given] if isinstance(given, Redistribution) else given
+    levels = {one.provenance.get("confidence") for one in found}
+    level = levels.pop() if len(levels) == 1 else None
+    return "" if level is None else f"{100 * level:g}% "
 
 
 def stars(p: float) -> str:
