@@ -300,6 +300,64 @@ def test_the_grid_has_every_cell_at_its_place(page: Element, several: AuditTable
     assert seen == set(range(len(cells)))
 
 
+def test_what_is_beyond_d_stands_at_its_place_on_request(page: Element, several: AuditTables) -> None:
+    seen: Counter[str] = Counter()
+    for table in page.all("table", **{"class": "beyond"}):
+        assert table.within("details")
+        column, *layers = [th.text for th in table.all("thead")[0].all("th")]
+        for line in table.all("tbody")[0].all("tr"):
+            metric = line.all("th")[0].text.removesuffix(" control")
+            for layer, cell in zip(layers, line.all("td"), strict=True):
+                elements = [e for e in cell.all() if "data-row" in e.attributes]
+                assert elements[0].attributes["data-column"] == column
+                assert [e.attributes["data-column"] for e in elements[1:]] in (
+                    [],
+                    [f"{column}_standard_error"],
+                )
+                rows = {int(e.attributes["data-row"].partition(":")[2]) for e in elements}
+                assert len(rows) == 1
+                row = several.audit.loc[rows.pop()]
+                assert (metric, layer) == (row["metric"], f"M{row['layer']}")
+                seen[column] += 1
+    n = len(several.audit)
+    assert seen == {"pruning_gain": n, "log_odds": n, "spearman": n}
+
+
+def test_metrics_that_claim_most_for_low_values_are_marked(found: ModelAudit) -> None:
+    tables = AuditTables.of([found])
+    assert "(low)" not in audit_section(tables)
+    assert "(low)" not in audit_text(tables)
+
+    def change(cells: pd.DataFrame) -> None:
+        cells["higher_is_more_important"] = cells["metric"] != "random"
+
+    tables = AuditTables.of([with_cells(found, change)])
+    page, text = read(audit_section(tables)), audit_text(tables)
+    heads = [th.text for th in page.all("table", **{"class": "grid"})[0].all("th", scope="row")]
+    assert [name for name in heads if "(low)" in name] == ["random (low)"]
+    marked = [td.text for td in page.all("td") if "(low)" in td.text]
+    assert set(marked) == {"random (low)"}
+    assert len(marked) >= found.audits[0].cells["layer"].nunique()
+    assert "(low): ranked by low values" in words_of(tables)
+    assert "\n(low): ranked by low values" in text
+    assert "\nrandom (low) " in text
+    assert text.count("\nactivation_norm ") == 1
+
+
+def test_correlations_are_shown_with_interval_and_p(page: Element) -> None:
+    cells = [
+        td
+        for table in page.all("table", **{"class": "chains"})
+        for td in table.all("td", **{"class": "number"})
+    ]
+    several_values = [
+        [e.attributes["data-column"] for e in td.all() if "data-row" in e.attributes] for td in cells
+    ]
+    shown = [columns for columns in several_values if columns]
+    assert shown
+    assert all(columns[0] == "rho" and columns[-1] == "p" for columns in shown)
+
+
 def test_by_default_d_interval_holm_and_verdict_and_the_rest_on_request(
     page: Element, several: AuditTables
 ) -> None:
@@ -620,12 +678,37 @@ def test_why_there_is_no_number_of_ours(found: ModelAudit) -> None:
     assert "no number of ours: our audit compares" in audit_text(tables)
 
 
+def test_lines_without_a_number_of_ours_are_folded(page: Element, several: AuditTables) -> None:
+    folded = 0
+    for table in page.all("table", **{"class": "beside"}):
+        for line in table.all("tbody")[0].all("tr"):
+            ours = {
+                several.published.at[int(e.attributes["data-row"].partition(":")[2]), "ours_row"]
+                for e in line.all("td", **{"data-column": "ours"})
+            }
+            assert table.within("details") == (ours <= {""})
+            folded += table.within("details")
+    assert folded
+    (first,) = [d for d in page.all("details") if "without a number of ours" in d.text][:1]
+    n = int(first.all("summary")[0].text.split()[0])
+    assert n == len(first.all("tbody")[0].all("tr"))
+    assert "of the paper without one of ours: see published.parquet" in audit_text(several)
+
+
 def test_contradictions_have_both_sides(page: Element) -> None:
     tables = page.all("table", **{"class": "contradictions"})
     text = " ".join(table.text for table in tables)
     assert len(tables) == 2
     for one in CONTRADICTIONS:
         assert one.said in text
+    # Both sides of what is wrong between tables, whichever model was audited.
+    for table in tables:
+        (rule,) = [tr for tr in table.all("tr") if "any cell where t and Wilcoxon disagree" in tr.text]
+        lines = table.all("tr")
+        next_one = lines[lines.index(rule) + 1]
+        assert "table 2: the metrics, Qwen1.5-MoE" in rule.text
+        assert "table 4: the control, OLMoE" in next_one.text
+        assert [th.text for th in table.all("thead")[0].all("th")][-1] == "why"
     assert "(0.17)" in text
     assert "+0.222" in text
 

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 MISSING = "–"
+LOW = "ranked by low values: the lowest claims to be the most important"
 SMALLEST_P = 1e-300
 """A smaller p is shown as being below this: no test here is that exact."""
 
@@ -148,6 +149,13 @@ class Row:
         classes = " ".join(filter(None, ("number" if is_number else "", css)))
         return self.html(column, tag="td", css=classes, **more)
 
+    @property
+    def direction(self) -> str:
+        """A mark, as HTML, where the lowest values are those that the metric claims most for; else empty."""
+        if self.values.get("higher_is_more_important", True):
+            return ""
+        return f' <span class="kind" title="{LOW}">(low)</span>'
+
     def interval(self, low: str, high: str) -> str:
         """Two columns as [low, high]."""
         if self.shown(low) == self.shown(high) == MISSING:
@@ -236,11 +244,12 @@ def rows_table(
         at = f' id="{row.anchor}"' if anchors else ""
         line = f'<th scope="row" class="number row">#{row.number}</th>'
         for column in columns:
-            line += (
-                row.cell(column, css=_verdict_css(row, column))
-                if isinstance(column, str)
-                else f'<td class="interval">{row.interval(*column[1:])}</td>'
-            )
+            if not isinstance(column, str):
+                line += f'<td class="interval">{row.interval(*column[1:])}</td>'
+            elif column == "metric" and row.direction:
+                line += f"<td>{row.html(column)}{row.direction}</td>"
+            else:
+                line += row.cell(column, css=_verdict_css(row, column))
         line += "".join(row.cell(column, css="more") for column in more)
         lines.append(f"<tr{at}>{line}</tr>")
     return (

@@ -62,6 +62,10 @@ table.grid td.verdict { background: var(--tint); border: 1px solid white; }
 table.grid td.verdict a { color: var(--on); text-decoration: none; }
 table.grid td.verdict::after { content: var(--mark); color: var(--on); font-size: 8px; display: inline-block;
   width: 10px; text-align: right; vertical-align: 1px; }
+table.beyond { font-size: 12px; width: auto; min-width: 60%; }
+table.beyond th, table.beyond td { padding: 3px 6px; white-space: nowrap; }
+table.beyond tbody th { font-weight: 400; color: var(--ink); position: sticky; left: 0; background: white; }
+table.beyond .kind { font-size: 10.5px; }
 table.rows { font-size: 13px; width: auto; min-width: 60%; }
 table.rows th, table.rows td { padding: 4px 12px; white-space: nowrap; }
 table.rows th.row { color: var(--muted); font-weight: 400; font-size: 12px; }
@@ -70,7 +74,7 @@ table.rows td.verdict::before { content: var(--mark) " "; font-size: 9px; }
 table.rows td:nth-child(2) { position: sticky; left: 0; background: white; }
 table.rows tr:target > * { background: #fff4cf; }
 .interval { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.chains .interval { color: var(--muted); font-size: 11.5px; }
+.chains .interval { color: var(--muted); font-size: 11.5px; display: block; }
 .more { display: none; }
 details.all:has(> label input:checked) .more { display: table-cell; }
 details.all > label { font-size: 13px; color: var(--muted); }

@@ -9,7 +9,7 @@ from typing import Any
 from moe_lens.audit.audit_tables import AuditTables
 from moe_lens.audit.published import CONTRADICTIONS, Contradiction, PublishedCell
 from moe_lens.audit.published_beside import SIDES
-from moe_lens.audit_page.experiments import Experiment
+from moe_lens.audit_page.experiments import Experiment, counted
 from moe_lens.audit_page.numbers import Row, rows_of, rows_table
 
 TITLES = {
@@ -82,18 +82,26 @@ def _table(rows: Sequence[Row], number: int, kinds: Mapping[str, str]) -> str:
     )
     names = "".join(f'<th class="number">{escape(_short(kind))}</th>' for kind in ours or ["ours"])
     under = f'<th class="number group">paper</th>{names}' * len(quantities)
-    lines = []
+    lines, without = [], []
     for (metric, _, _), found in by_place.items():
         some = next(iter(found.values()))
+        has_ours = any(row["ours_row"] for row in found.values())
         line = f'<th scope="row">{escape(metric)}</th>' if several else ""
         line += some.cell("layer")
         line += some.cell("removed") if removed else ""
         line += "".join(_beside(found, quantity, ours) for quantity in quantities)
-        lines.append(f"<tr>{line}</tr>")
-    return f"""<h4>Table {number}: {escape(TITLES.get(number, ""))}</h4>
-<div class="wide"><table class="beside"><thead><tr>{top}</tr><tr>{under}</tr></thead>
-<tbody>{"".join(lines)}</tbody></table></div>
-{_what_each_is(rows, kinds)}"""
+        (lines if has_ours else without).append(f"<tr>{line}</tr>")
+
+    def table(of: Sequence[str]) -> str:
+        return f"""<div class="wide"><table class="beside"><thead><tr>{top}</tr><tr>{under}</tr></thead>
+<tbody>{"".join(of)}</tbody></table></div>"""
+
+    parts = [f"<h4>Table {number}: {escape(TITLES.get(number, ''))}</h4>"]
+    parts += [table(lines)] if lines else []
+    if without:
+        n = counted(len(without), "line")
+        parts.append(f"<details><summary>{n} without a number of ours</summary>{table(without)}</details>")
+    return "\n".join([*parts, _what_each_is(rows, kinds)])
 
 
 def _short(kind: str) -> str:
@@ -198,7 +206,8 @@ def _contradictions(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
     ours = [_kind_of(row, kinds) for cell, column in about for row in _rows_of_cell(rows, cell, column)]
     ours = [kind for kind in dict.fromkeys(ours) if kind]
     parts = [
-        _contradiction(one, [cell for cell in one.cells if cell.table in tables], rows, kinds, ours)
+        # With those of the other tables, as what is wrong may be between them.
+        _contradiction(one, one.cells, rows, kinds, ours)
         for one in CONTRADICTIONS
         if any(cell.table in tables for cell in one.cells)
     ]
@@ -208,7 +217,7 @@ def _contradictions(rows: Sequence[Row], kinds: Mapping[str, str]) -> str:
     return f"""<h4>Where the paper contradicts itself</h4>
 <p>Both sides are as published; ours is beside them.</p>
 <div class="wide"><table class="contradictions"><thead><tr><th>it says</th><th>but of</th><th class="number">it has</th>
-{heads}<th>so</th></tr></thead><tbody>{"".join(parts)}</tbody></table></div>"""
+{heads}<th>why</th></tr></thead><tbody>{"".join(parts)}</tbody></table></div>"""
 
 
 def _contradiction(
@@ -229,7 +238,7 @@ def _contradiction(
         quantity = escape(_NAMES.get(one.column, one.column))
         line = (
             f'<th scope="row">{quantity} of {escape(cell.metric)}, M{cell.layer} <span class="kind">table '
-            f"{cell.table}</span></th>"
+            f"{cell.table}: {escape(TITLES.get(cell.table, ''))}</span></th>"
         )
         line += same[0].cell("published") if same else f"<th>{getattr(cell, one.column):g}</th>"
         by_kind = {_kind_of(row, kinds): row for row in same}

@@ -7,8 +7,9 @@ from html import escape
 
 import moe_lens.audit.protocol as protocol
 from moe_lens.audit.audit_tables import AuditTables
+from moe_lens.audit_page.beyond import beyond_d
 from moe_lens.audit_page.experiments import VERDICTS, Experiment, verdict_counts
-from moe_lens.audit_page.numbers import MISSING, Row, at_most, rows_of, rows_table
+from moe_lens.audit_page.numbers import LOW, MISSING, Row, at_most, rows_of, rows_table
 
 _FOUND = ("valid", "inverted", "disagreement")
 _MOST_FOUND = 24
@@ -77,7 +78,7 @@ def legend() -> str:
 
 
 def experiment_tables(experiment: Experiment, *, rows_open: bool = False) -> str:
-    """A grid of d, the cells where something was found, and all rows by layer.
+    """A grid of d, the cells where something was found, what was computed beyond d, and all rows by layer.
 
     Args:
         rows_open: whether the rows are seen at once, unless there are over 400, and not only on request.
@@ -86,7 +87,7 @@ def experiment_tables(experiment: Experiment, *, rows_open: bool = False) -> str
     is_open = rows_open and len(experiment.rows) <= _MOST_OPEN
     return (
         f"{_grid(experiment)}{_corrected_within(experiment)}{_found(experiment)}"
-        f"{_all_rows(experiment, columns, is_open)}"
+        f"{beyond_d(experiment)}{_all_rows(experiment, columns, is_open)}"
     )
 
 
@@ -106,6 +107,8 @@ def _corrected_within(experiment: Experiment) -> str:
         f"Intervals: {100 * (1 - experiment.alpha):g}%, each cell alone. p: after Holm. Corrected within "
         f"{', and within '.join(parts)}. Another set of metrics is another family, and so are its verdicts."
     )
+    if any(row.direction for row in experiment.rows):
+        said += f" (low): {LOW}."
     if experiment.of(family="metrics", verdict="equivalent"):
         found = {"family": "metrics", "verdict": "equivalent"}
         said += (
@@ -125,12 +128,17 @@ def _grid(experiment: Experiment) -> str:
         cells = "".join(_of_grid(by_place.get((family, metric, layer))) for layer in layers)
         apart = ' class="apart"' if family != before else ""
         before = family
-        control = ' <span class="kind">control</span>' if family == "control" else ""
-        lines.append(f'<tr{apart}><th scope="row">{escape(metric)}{control}</th>{cells}</tr>')
+        lines.append(f"<tr{apart}>{_name_of(experiment, family, metric)}{cells}</tr>")
     return (
         f'<div class="wide"><table class="grid"><thead><tr><th>d by layer</th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _name_of(experiment: Experiment, family: str, metric: str) -> str:
+    control = ' <span class="kind">control</span>' if family == "control" else ""
+    direction = experiment.of(family=family, metric=metric)[0].direction
+    return f'<th scope="row">{escape(metric)}{direction}{control}</th>'
 
 
 def _of_grid(row: Row | None) -> str:
@@ -237,7 +245,7 @@ _OF_REDISTRIBUTION = (
 
 
 def redistribution_table(rows: Sequence[Row]) -> str:
-    """Of one model: rho with its interval, a line for each layer and a column for each pair; all rows on request."""
+    """Of one model: rho with interval and p, a line for each layer and a column for each pair; all rows on request."""
     by_layer: dict[int, dict[tuple[str, str, str], Row]] = {}
     for row in rows:
         by_layer.setdefault(int(row["layer"]), {})[(row["x"], row["y"], row["given"])] = row
@@ -270,7 +278,8 @@ def _correlation(row: Row | None) -> str:
     if row is None:
         return f'<td title="not computed">{MISSING}</td>'
     interval = f'<span class="interval">{row.interval("low", "high")}</span>'
-    return f'<td class="number">{row.html("rho", link=row.anchor)} {interval}</td>'
+    p = f'<span class="interval">p&nbsp;{row.html("p")}</span>'
+    return f'<td class="number">{row.html("rho", link=row.anchor)} {interval} {p}</td>'
 
 
 def by_label(rows: Sequence[Row]) -> Mapping[str, list[Row]]:

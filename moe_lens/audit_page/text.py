@@ -11,16 +11,18 @@ from moe_lens.audit_page.experiments import (
     POSITIVE_CONTROL,
     VERDICTS,
     Experiment,
+    counted,
     experiments_of,
     verdict_counts,
 )
 from moe_lens.audit_page.noise import noise_said
-from moe_lens.audit_page.numbers import Row, rows_of
+from moe_lens.audit_page.numbers import LOW, Row, rows_of
 from moe_lens.audit_page.published import TITLES, said_by
 
 WIDTH = 110
 _LONGEST_NAME = 34
 _MARKS = {"valid": ">", "inverted": "<", "disagreement": "x", "equivalent": "=", "inconclusive": "?"}
+_LOW = " (low)"
 _CELL = 8
 _MEANING = (
     "equivalent: |d| is shown to be below the smallest effect (two one-sided tests at 5%, uncorrected for many\n"
@@ -87,7 +89,11 @@ def _experiment(one: Experiment) -> str:
         f"{max(row['n_documents'] for row in one.rows):,} documents"
     )
     by_place = {(row["family"], row["metric"], int(row["layer"])): row for row in one.rows}
-    names = [_cut(metric) for _, metric in one.metrics]
+    low = {row["metric"] for row in one.rows if row.direction}
+    names = [
+        f"{_cut(metric, _LONGEST_NAME - len(_LOW))}{_LOW}" if metric in low else _cut(metric)
+        for _, metric in one.metrics
+    ]
     width = max(map(len, names))
     at_once = max(1, (WIDTH - width) // _CELL)
     blocks = []
@@ -104,6 +110,7 @@ def _experiment(one: Experiment) -> str:
             lines.append(name.ljust(width) + cells)
         blocks.append("\n".join(line.rstrip() for line in lines))
     said = [*_in_words(one), noise_said(one)]
+    said += [f"(low): {LOW}"] if low else []
     wrapped = [part for line in said for part in textwrap.wrap(_plain(line), WIDTH, subsequent_indent="  ")]
     return "\n\n".join([head, *blocks, "\n".join(wrapped)])
 
@@ -165,16 +172,23 @@ def _published_table(rows: Sequence[Row], number: int, kinds: dict[str, str]) ->
     for why in dict.fromkeys(row["ours_definition"] for row in rows if not row["ours_row"]):
         lines += textwrap.wrap(_plain(why), WIDTH - 4, initial_indent="  ", subsequent_indent="    ")
     head = f"{'metric':<{_LONGEST_NAME}} {'layer':>5} {'k':>2}  {'quantity':<13} {'paper':>8}"
-    lines.append(head + "".join(f" {letter:>8}" for letter in letters.values()))
+    if letters:
+        lines.append(head + "".join(f" {letter:>8}" for letter in letters.values()))
     places: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         place = tuple(row[name] for name in ("metric", "layer", "removed", "quantity"))
         places.setdefault(place, []).append(row)
+    without = 0
     for (metric, layer, removed, quantity), same in places.items():
+        if not any(row["ours_row"] for row in same):
+            without += 1
+            continue
         values = {_kind(row, kinds): _shown(row, "ours") for row in same}
         line = f"{_cut(metric):<{_LONGEST_NAME}} {layer:>5} {removed or '':>2}  {quantity:<13} "
         line += f"{_shown(same[0], 'published'):>8}"
         lines.append(line + "".join(f" {values.get(kind, '-'):>8}" for kind in ours))
+    if without:
+        lines.append(f"{counted(without, 'number')} of the paper without one of ours: see published.parquet")
     return "\n".join(lines)
 
 
