@@ -98,7 +98,7 @@ def verdict(
 
     0. under 10 pairs or 5 documents: `inconclusive`. This stands first, as what comes later would otherwise win
        whenever it mattered; where no documents were given, each pair counts as one.
-    1. equivalence is shown: `equivalent`, even beside a significant difference, which is then too small to matter.
+    1. equivalence is shown: `equivalent`, |d| being below the bound, even beside a difference that is significant.
     2. t and signed ranks significant, both positive: `valid`
     3. both significant, both negative: `inverted`
     4. t alone is significant, and there are too few documents for ranks ever to be: `inconclusive`. The p of signed
