@@ -198,14 +198,14 @@ def test_forest_marks_metrics_that_claim_most_for_low_values() -> None:
     assert not any("(low)" in name for name in style.layout_of(plots.effect_forest(cells)).yaxis.ticktext)
 
 
-def test_forest_has_room_for_its_legend_in_two_columns() -> None:
-    """A narrow one has them: 16 for another line of subtitle, 20 a line of the legend, 30 for two of panel names."""
+def test_forest_has_room_for_its_legend_where_it_is_narrow() -> None:
+    """With one entry a line. 16 for another line of subtitle, 20 a line of the legend, 30 for two of panel names."""
     cells = cells_of()
     layout = style.layout_of(plots.effect_forest(cells))
-    assert layout.margin.t == 70 + 16 + 20 * 4 + 30
+    assert layout.margin.t == 70 + 16 + 20 * 7 + 30
     assert layout.legend.y == pytest.approx(1 - 78 / layout.height)
     one = style.layout_of(plots.effect_forest(cells.assign(verdict="valid"), smallest_effect=0))
-    assert one.margin.t == 70 + 16 + 20 + 30
+    assert one.margin.t == 70 + 16 + 20 * 2 + 30
 
 
 def test_forest_of_some() -> None:

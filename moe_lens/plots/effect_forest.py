@@ -103,9 +103,9 @@ def effect_forest(
     lay_out(figure, "Effect of each metric's choice, by layer", "", "", subtitle=_subtitle(shown))
     lay_out_chart(figure)
     figure.update_layout(height=round(pixels * ends) + 70 + 52, margin_l=8)
-    # Where it is narrow, the legend has two entries a line.
+    # Where it is narrow, the legend has one entry a line.
     entries = len(verdicts) + bool(effect) + (within is not None)
-    legend_below_heading(figure, lines=-(-entries // 2), panel_names=2, subtitle_lines=2)
+    legend_below_heading(figure, lines=entries, panel_names=2, subtitle_lines=2)
     _axes(figure, shown, tops, most, ends, len(labels), [-effect, effect, *(within or ())])
     _name_panels(figure, labels, layers)
     _behind(figure, within, tops, len(labels))
