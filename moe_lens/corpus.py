@@ -231,7 +231,11 @@ def select_documents(
         raise ValueError(
             f"there are {len(chosen)} documents{suitable}, of {n_considered}"
             + (f", and {n} were asked for" if n is not None else "")
-            + (f"; ask for n={len(chosen)}, or take what there is (allow_fewer=True, --allow-fewer)" if chosen else "")
+            + (
+                f"; ask for n={len(chosen)}, or take what there is (allow_fewer=True, --allow-fewer)"
+                if chosen
+                else ""
+            )
         )
     too_long = [(row.length, row) for row in chosen if row.length is not None and row.length > longest]
     if too_long and not truncate:
