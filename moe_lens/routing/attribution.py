@@ -15,7 +15,7 @@ neurons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,11 @@ from moe_lens.routing.senders import ROUNDING, Names, SenderGroup, Senders, send
 from moe_lens.routing.writes import hooks_of, sender_scores, written_by
 
 DENSE_LIMIT = 2**27
-"""The most scores that `router_logit_attrs` makes: 128 Mi numbers, 512 MiB, and about three times that on the way."""
+"""The most scores held at once, of a router or of logits: 128 Mi numbers, 512 MiB, and about three times that on the
+way."""
+
+ROUTER_HOOKS = "attribution_hooks(model, receivers, by=...)"
+"""What errors name where a cache lacks what an attribution needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +95,7 @@ def attribution_hooks(model: HookedMoE, receivers: Sequence[int], *, by: str = "
     names: dict[str, None] = {}
     for receiver in receivers:
         check_receiver(model, receiver)
-        for group in senders_before(model.cfg, receiver, by).groups:
-            names.update(dict.fromkeys([*hooks_of(model, group), group.written_at]))
+        names.update(dict.fromkeys(sender_hooks(model, senders_before(model.cfg, receiver, by))))
         names.update(dict.fromkeys(receiver_hooks(receiver)))
     return list(names)
 
@@ -136,19 +139,19 @@ def router_logit_attrs(
     values = group_values(model, cache, senders, resid_mid.shape[:2])
 
     readout = router_readout(model, receiver)
-    scores = [sender_scores(model, group, values, readout) for group in senders.groups]
-    rounding_ratio = None
-    if stream_rounds(resid_mid.dtype):
-        stream = stream_sum(model, senders, values, resid_mid.dtype)
-        rounding_ratio = stream.rounding_ratio(resid_mid)
-        scores.append((stream.rounding(resid_mid) @ readout.T)[None])
-        senders = with_rounding(senders)
+    scores, senders, rounding_ratio = scores_with_rounding(
+        model,
+        senders,
+        values,
+        resid_mid,
+        of_group=lambda group: sender_scores(model, group, values, readout),
+        of_vector=lambda vector: vector @ readout.T,
+    )
     scale = scale.float()
-    sent = torch.cat(scores) / scale
+    sent = scores / scale
     logits = resid_mid.float() @ readout.T / scale
-    for name, tensor in (("the scores", sent), ("the router's logits", logits)):
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} at layer {receiver} hold values that are not finite")
+    require_finite(sent, f"the scores at layer {receiver}")
+    require_finite(logits, f"the router's logits at layer {receiver}")
     return RouterLogitAttrs(
         values=sent,
         senders=senders,
@@ -159,6 +162,47 @@ def router_logit_attrs(
         receiver=receiver,
         by=by,
     )
+
+
+def scores_with_rounding(
+    model: HookedMoE,
+    senders: Senders,
+    values: Mapping[str, Tensor],
+    stream: Float[Tensor, "batch pos d_model"],
+    *,
+    of_group: Callable[[SenderGroup], Float[Tensor, "sender batch pos *row"]],
+    of_vector: Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos *row"]],
+) -> tuple[Float[Tensor, "sender batch pos *row"], Senders, float | None]:
+    """Every sender's scores, and in half precision those of `rounding`, last; not yet divided by a scale.
+
+    Args:
+        values: the senders' hook values, at the stream's places.
+        stream: what the senders sum to, as the run stored it.
+        of_group: how the senders of a group are scored.
+        of_vector: how a vector is.
+
+    Returns:
+        The scores; the senders, with `rounding` where it is one; and `StreamSum.rounding_ratio`, None in float32.
+    """
+    scores = [of_group(group) for group in senders.groups]
+    if not stream_rounds(stream.dtype):
+        return torch.cat(scores), senders, None
+    summed = stream_sum(model, senders, values, stream.dtype)
+    scores.append(of_vector(summed.rounding(stream))[None])
+    return torch.cat(scores), with_rounding(senders), summed.rounding_ratio(stream)
+
+
+def require_finite(tensor: Float[Tensor, "*shape"], name: str) -> None:
+    """See that every value of a tensor is finite.
+
+    Args:
+        name: what it holds, in the plural, for the error.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} hold values that are not finite")
 
 
 def relative_error(got: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]) -> float:
@@ -183,6 +227,12 @@ def with_rounding(senders: Senders) -> Senders:
     return Senders([*senders.groups, SenderGroup(ROUNDING, None, "whole", (Names(ROUNDING),))])
 
 
+def sender_hooks(model: HookedMoE, senders: Senders) -> list[str]:
+    """The hook points that the senders, and the components they are parts of, are read from."""
+    names = [name for group in senders.groups for name in (*hooks_of(model, group), group.written_at)]
+    return list(dict.fromkeys(names))
+
+
 def receiver_hooks(receiver: int) -> list[str]:
     """The stream that the router reads, its scale, and what the router said."""
     points = ("hook_resid_mid", "ln2.hook_scale", "mlp.hook_router_logits")
@@ -194,33 +244,37 @@ def group_values(
     cache: ActivationCache | Mapping[str, Tensor],
     senders: Senders,
     batch_and_pos: Sequence[int],
+    *,
+    listed_by: str = ROUTER_HOOKS,
 ) -> dict[str, Tensor]:
     """The cached values of every group, after their batch and position axes were found to be the stream's.
+
+    Args:
+        listed_by: the call that lists the hooks, for the error where one is missing.
 
     Raises:
         KeyError, ValueError: see `router_logit_attrs`.
     """
     values: dict[str, Tensor] = {}
-    for group in senders.groups:
-        for name in (*hooks_of(model, group), group.written_at):
-            if name in values:
-                continue
-            value = values[name] = cached(cache, name).to(model.cfg.device)
-            # The pattern's positions are its queries, and as many keys.
-            places = (value.shape[0], *value.shape[2:]) if name.endswith("hook_pattern") else value.shape[:2]
-            wanted = (
-                (*batch_and_pos, batch_and_pos[1]) if name.endswith("hook_pattern") else tuple(batch_and_pos)
+    for name in sender_hooks(model, senders):
+        value = values[name] = cached(cache, name, listed_by=listed_by).to(model.cfg.device)
+        # The pattern's positions are its queries, and as many keys.
+        places = (value.shape[0], *value.shape[2:]) if name.endswith("hook_pattern") else value.shape[:2]
+        wanted = (*batch_and_pos, batch_and_pos[1]) if name.endswith("hook_pattern") else tuple(batch_and_pos)
+        if tuple(places) != tuple(wanted):
+            raise ValueError(
+                f"{name} in the cache is {tuple(value.shape)}, which is not of the {tuple(batch_and_pos)} batch "
+                f"rows and positions of the stream that is read"
             )
-            if tuple(places) != tuple(wanted):
-                raise ValueError(
-                    f"{name} in the cache is {tuple(value.shape)}, which is not of the {tuple(batch_and_pos)} batch "
-                    f"rows and positions of the router's input"
-                )
     return values
 
 
 def cached(
-    cache: ActivationCache | Mapping[str, Tensor], name: str, n_axes: int | None = None
+    cache: ActivationCache | Mapping[str, Tensor],
+    name: str,
+    n_axes: int | None = None,
+    *,
+    listed_by: str = ROUTER_HOOKS,
 ) -> Float[Tensor, "*shape"]:
     """A cached value, without its gradient.
 
@@ -230,9 +284,7 @@ def cached(
     """
     stored = cache.cache_dict if isinstance(cache, ActivationCache) else cache
     if name not in stored:
-        raise KeyError(
-            f"the cache lacks {name}; attribution_hooks(model, receivers, by=...) lists what is needed"
-        )
+        raise KeyError(f"the cache lacks {name}; {listed_by} lists what is needed")
     value = stored[name].detach()
     if n_axes is not None and value.ndim != n_axes:
         raise ValueError(
