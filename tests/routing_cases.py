@@ -11,9 +11,10 @@ from torch import Tensor
 
 from moe_lens import HookedMoE
 from moe_lens.routing.attribution import attribution_hooks
+from moe_lens.routing.logit_attribution import logit_attribution_hooks
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
 from moe_lens.routing.result import RoutingContributions
-from tests.families import BOS, prompts
+from tests.families import BOS, VOCABULARY, prompts
 from tests.reference import reference_run
 from tests.reference_rank_shift import rank_shifts_of
 from tests.reference_routing import (
@@ -78,6 +79,27 @@ def cached_run(model: HookedMoE, batch: Batch, by: str = "layer", **settings: An
         )
     assert isinstance(cache, dict)
     return cache
+
+
+def final_run(model: HookedMoE, batch: Batch, by: str = "layer", **settings: Any) -> dict[str, Tensor]:
+    """The hook values that `logit_attrs` needs, and the model's logits as `logits`."""
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(
+            batch[0],
+            attention_mask=batch[1],
+            names_filter=logit_attribution_hooks(model, by=by),
+            return_cache_object=False,
+            **settings,
+        )
+    assert isinstance(cache, dict)
+    return {**cache, "logits": logits}
+
+
+def targets(batch: Batch, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Any two unlike tokens at every place."""
+    generator = torch.Generator().manual_seed(seed)
+    correct = torch.randint(0, VOCABULARY, batch[0].shape, generator=generator)
+    return correct, (correct + torch.randint(1, VOCABULARY, correct.shape, generator=generator)) % VOCABULARY
 
 
 class Slow(NamedTuple):

@@ -1,8 +1,9 @@
-"""Explain: where router scores come from, over what corpus you like, and how busy every expert is."""
+"""Explain: where router scores and logits come from, over what corpus you like, and how busy every expert is."""
 
 from moe_lens.routing.attribution import RouterLogitAttrs, attribution_hooks, router_logit_attrs
 from moe_lens.routing.contributions import RoutingContributions, routing_contributions
 from moe_lens.routing.explain import Explanation, explain
+from moe_lens.routing.logit_attribution import LogitAttrs, logit_attribution_hooks, logit_attrs
 from moe_lens.routing.queries import (
     expert_variance_rank,
     own_block_heads,
@@ -16,11 +17,14 @@ from moe_lens.routing.super_experts import super_expert_table, super_experts
 
 __all__ = [
     "Explanation",
+    "LogitAttrs",
     "RouterLogitAttrs",
     "RoutingContributions",
     "attribution_hooks",
     "expert_variance_rank",
     "explain",
+    "logit_attribution_hooks",
+    "logit_attrs",
     "mean_score_variance_maps",
     "own_block_heads",
     "persistence",

@@ -1,8 +1,9 @@
-"""Who writes into the residual stream before a router reads it, at each granularity.
+"""Who writes into the residual stream before a router or the unembedding reads it, at each granularity.
 
 The stream is a sum of *components*: the embedding, each attention layer and each MoE or dense layer.
 
-    hook_resid_mid of r  =  embed  +  A0 + M0  +  A1 + M1  +  ...  +  A_r
+    hook_resid_mid of r       =  embed  +  A0 + M0  +  A1 + M1  +  ...  +  A_r
+    the last hook_resid_post  =  the same of the last layer  +  its M
 
 A *granularity* (`by=`) divides one kind of component into finer senders and leaves the others whole, so that
 the senders of every granularity sum to the same stream:
@@ -41,7 +42,7 @@ SOURCE_AXES: dict[SourceAxis, str] = {"position": "<-", "offset": "<-q-"}
 """How the names of source senders go on: by the source's position, or by its distance from the query."""
 
 ROUNDING = "rounding"
-"""The sender that is `hook_resid_mid` minus all others: what the stream lost at its additions."""
+"""The sender that is the stream that is read minus all others: what the stream lost at its additions."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,22 @@ def senders_before(
         if layer < receiver:
             groups.append(_mlp_group(cfg, layer, granularity))
     return Senders(groups)
+
+
+def senders_of_all(
+    cfg: MoEConfig, by: str = "layer", *, n_sources: int = 0, source_axis: SourceAxis = "position"
+) -> Senders:
+    """The senders whose sum the final norm reads, in the order in which they are added: all that there are.
+
+    Args:
+        by, n_sources, source_axis: see `senders_before`.
+
+    Raises:
+        ValueError: an unknown granularity or source axis.
+    """
+    last = cfg.n_layers - 1
+    before = senders_before(cfg, last, by, n_sources=n_sources, source_axis=source_axis)
+    return Senders([*before.groups, _mlp_group(cfg, last, check_granularity(by))])
 
 
 def _attention_group(

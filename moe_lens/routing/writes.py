@@ -109,7 +109,7 @@ def shared_neurons(model: HookedMoE, of: GroupValues) -> Float[Tensor, "batch po
     return of.at("hook_shared_gate").float() * post if gated else post
 
 
-def _scattered(
+def scattered(
     slots: Float[Tensor, "batch pos k *rest"], indices: Int[Tensor, "batch pos k"], n_experts: int
 ) -> Float[Tensor, "expert batch pos *rest"]:
     """Slots in the places of their experts, zero where an expert was not chosen."""
@@ -154,7 +154,7 @@ def sender_scores(
                 rearrange(scores, "head k b q row -> (head k) b q row"), attention, group, readout
             )
         case "experts":
-            scores = _scattered(
+            scores = scattered(
                 _read(of.at("hook_expert_contrib"), readout),
                 of.at("hook_expert_indices"),
                 model.cfg.n_experts,
@@ -165,7 +165,7 @@ def sender_scores(
         case "neurons":
             mlp = mlp_of(model, group.layer)
             assert isinstance(mlp, MoE)
-            neurons = _scattered(routed_neurons(of), of.at("hook_expert_indices"), model.cfg.n_experts)
+            neurons = scattered(routed_neurons(of), of.at("hook_expert_indices"), model.cfg.n_experts)
             columns = _read(mlp.experts.W_down.detach(), readout)
             scores = einsum(neurons, columns, "expert b p neuron, expert neuron row -> expert neuron b p row")
             scores = rearrange(scores, "expert neuron b p row -> (expert neuron) b p row")
