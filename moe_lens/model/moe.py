@@ -121,7 +121,7 @@ class MoE(nn.Module):
         chosen = eligible_probabilities(probabilities, self.cfg).topk(self.cfg.top_k, dim=-1).indices
         indices = self.hook_expert_indices(chosen)
         if self.hook_expert_indices.is_listened_to:
-            self._check_indices(indices)
+            check_forced_indices(indices, self.cfg.n_experts, self.hook_expert_indices.name or "")
         weights = applied_weights(probabilities, indices, self.cfg)
         return indices, self.hook_routing_weights(
             weights if self.cfg.float32_weights else weights.to(x.dtype)
@@ -150,26 +150,28 @@ class MoE(nn.Module):
             out = self.hook_shared_gate(self.shared_gate(x).sigmoid()) * out
         return self.hook_shared_out(out)
 
-    def _check_indices(self, indices: Int[Tensor, "batch pos k"]) -> None:
-        """An edit of the choice must name real experts, each at most once per token."""
-        name = self.hook_expert_indices.name
-        if indices.is_floating_point() or indices.ndim != 3:
-            raise ValueError(
-                f"{name} holds integers [batch, pos, k], not {indices.dtype} {tuple(indices.shape)}"
-            )
-        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < self.cfg.n_experts):
-            raise ValueError(
-                f"{name} names an expert outside 0..{self.cfg.n_experts - 1}: the range is "
-                f"{int(indices.min())}..{int(indices.max())}"
-            )
-        in_order = indices.sort(dim=-1).values
-        twice = (in_order[..., 1:] == in_order[..., :-1]).any(dim=-1).nonzero()
-        if len(twice):
-            batch, pos = twice[0].tolist()
-            raise ValueError(
-                f"{name} gives a token the same expert twice: batch {batch}, position {pos} has "
-                f"{indices[batch, pos].tolist()}; every slot needs an expert of its own"
-            )
+
+def check_forced_indices(indices: Int[Tensor, "batch pos k"], n_experts: int, name: str) -> None:
+    """An edit of the choice, at the hook point of this name, must name real experts, each at most once per token.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if indices.is_floating_point() or indices.ndim != 3:
+        raise ValueError(f"{name} holds integers [batch, pos, k], not {indices.dtype} {tuple(indices.shape)}")
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < n_experts):
+        raise ValueError(
+            f"{name} names an expert outside 0..{n_experts - 1}: the range is "
+            f"{int(indices.min())}..{int(indices.max())}"
+        )
+    in_order = indices.sort(dim=-1).values
+    twice = (in_order[..., 1:] == in_order[..., :-1]).any(dim=-1).nonzero()
+    if len(twice):
+        batch, pos = twice[0].tolist()
+        raise ValueError(
+            f"{name} gives a token the same expert twice: batch {batch}, position {pos} has "
+            f"{indices[batch, pos].tolist()}; every slot needs an expert of its own"
+        )
 
 
 def _in_places(
