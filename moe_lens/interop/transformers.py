@@ -214,9 +214,10 @@ class AttachedLayer:
         self._routing: _Routing | None = None
 
     def see_input(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        """Batch and positions of the tokens that come: of the first tensor that the block is given."""
+        """Batch and positions of the tokens that come: of the first tensor that the block is given. None where it
+        gets a flat list of tokens."""
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        self._leading = (x.shape[0], x.shape[1]) if x.ndim == 3 else (1, x.shape[:-1].numel())
+        self._leading = (x.shape[0], x.shape[1]) if x.ndim == 3 else None
         self._routing = None
 
     def _shown(self, flat: Tensor) -> Tensor:
@@ -227,6 +228,9 @@ class AttachedLayer:
     def run_router(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The router, with hooks on its logits, its choice and its weights."""
         returned, trace = run_traced(forward, str(self.where), args, kwargs)
+        n_tokens = trace.weights.shape[:-1].numel()
+        if self._leading is None or self._leading[0] * self._leading[1] != n_tokens:
+            self._leading = (1, n_tokens)
 
         def again(logits: Tensor | None, indices: Tensor | None) -> Any:
             if self.where.router.training:
