@@ -70,6 +70,12 @@ SIZES: dict[str, Any] = dict(
     index_topk=4,
     index_n_heads=4,
     index_head_dim=16,
+    linear_head_dim=16,
+    linear_num_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
     attention_dropout=0.0,
     hidden_dropout=0.0,
 )
@@ -94,7 +100,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm5_next": dict(num_key_value_heads=4, index_kpool=2, qk_rope_head_dim=0),
     "granitemoehybrid": dict(layer_types=_HYBRID, mamba_n_heads=8),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False),
-    "kimi_linear": dict(layer_types=_HYBRID, linear_head_dim=16, linear_num_heads=4),
+    "kimi_linear": dict(layer_types=_HYBRID),
     "lfm2_moe": dict(layer_types=["conv", "full_attention", "conv", "full_attention"]),
     "muse_spark": dict(moe_hidden_size=48),
     "qwen4_exp": dict(

@@ -46,14 +46,16 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     """The MoE layers of a model, in the order of its modules.
 
     Raises:
-        ValueError: no module uses the experts interface, a layer's router is not found beside its experts, or the
-            experts are split over devices.
+        ValueError: no module uses the experts interface, a layer's router is not found beside its experts, the
+            experts are split over devices, or two layers would have one name.
     """
     modules = dict(model.named_modules())
     paths = [path for path, module in modules.items() if uses_interface(module)]
     if not paths:
         raise ValueError(_what_is_missing(model, modules))
     names = _layer_names(paths)
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"layers at different paths would have the same name: {names}")
     return [_layer(path, names[path], modules) for path in paths]
 
 
@@ -66,7 +68,7 @@ def _layer(path: str, name: str, modules: dict[str, nn.Module]) -> ExpertLayer:
             f"{path}: its router is sought beside it in {type(block).__name__}, under the name "
             f"{' or '.join(_ROUTER_NAMES)}; there are {', '.join(key for key, _ in block.named_children())}"
         )
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):
         raise ValueError(
             f"{path}: its experts are split over devices (expert parallelism), so none has all slots of a token"
         )
@@ -108,9 +110,9 @@ def _layer_names(paths: list[str]) -> dict[str, str]:
 
 
 def _around_index(path: str) -> tuple[str, str, str]:
-    """What stands before the first number in a path, the number, what comes after."""
+    """What stands before the last number in a path, the number, what comes after."""
     parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    at = next((i for i in reversed(range(len(parts))) if parts[i].isdigit()), None)
     if at is None:
         return ".".join(parts[:-1]), "0", parts[-1]
     return ".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])

@@ -110,6 +110,7 @@ def _install(attached: AttachedModel, restore: ExitStack) -> None:
     ALL_EXPERTS_FUNCTIONS[name] = implementation
     restore.callback(ALL_EXPERTS_FUNCTIONS.pop, name)
     for layer in attached.layers:
+        layer.implementation = name
         config = layer.where.experts.config
         if id(config) not in own_names:
             own_names[id(config)] = config._experts_implementation
@@ -210,6 +211,8 @@ class AttachedLayer:
     def __init__(self, where: ExpertLayer, points: MoEPoints):
         self.where = where
         self.points = points
+        self.implementation: str | None = None
+        """The name under which `run_experts` is registered."""
         self._leading: tuple[int, int] | None = None
         self._routing: _Routing | None = None
 
@@ -227,6 +230,11 @@ class AttachedLayer:
 
     def run_router(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The router, with hooks on its logits, its choice and its weights."""
+        named = self.where.experts.config._experts_implementation
+        if named != self.implementation:
+            raise RuntimeError(
+                f"{self.where}: the experts implementation was set to {named!r} while attached; set it before attach"
+            )
         returned, trace = run_traced(forward, str(self.where), args, kwargs)
         n_tokens = trace.weights.shape[:-1].numel()
         if self._leading is None or self._leading[0] * self._leading[1] != n_tokens:
@@ -294,9 +302,7 @@ class AttachedLayer:
             torch.ones_like(rearrange(weights, "token k -> (token k) 1")),
         )
         slots = rearrange(slots, "(token k) d -> token k d", k=n_slots)
-        self._check_sum(
-            (weights[..., None] * slots).sum(dim=1), layer_out, (weights[..., None] * slots).abs()
-        )
+        self._check_sum(weights[..., None] * slots, layer_out)
 
         order = rearrange(routing.order, "b p k -> (b p) k")
         in_order = slots.gather(1, order[..., None].expand_as(slots))
@@ -311,17 +317,25 @@ class AttachedLayer:
         return contrib.sum(dim=2).reshape(layer_out.shape).to(layer_out.dtype)
 
     @torch.no_grad()
-    def _check_sum(self, total: Tensor, layer_out: Tensor, sizes: Tensor) -> None:
+    def _check_sum(self, products: Float[Tensor, "token k d"], layer_out: Float[Tensor, "token d"]) -> None:
         """The slots' sum is the layer's output, to 1e-5 of the slots' own size at each token in float32, and to the
         roundings of a sum of as many terms in half precision."""
         if layer_out.numel() == 0:
             return
+        total = products.sum(dim=1)
         difference = (total.float() - layer_out.float()).abs()
         # A NaN that the layer gives by itself is the model's own.
         difference = difference.masked_fill(layer_out.isnan() & total.isnan(), 0.0)
-        scale = sizes.float().nan_to_num().sum(dim=1).amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = (
+            products.float()
+            .abs()
+            .nan_to_num()
+            .sum(dim=1)
+            .amax(dim=-1)
+            .clamp_min(torch.finfo(torch.float32).tiny)
+        )
         error = float((difference.amax(dim=-1) / scale).max())
-        n_slots = sizes.shape[1]
+        n_slots = products.shape[1]
         limit = max(1e-5, torch.finfo(layer_out.dtype).eps * (2 + n_slots / 2))
         if not error <= limit:
             raise SlotSumError(
