@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moe_lens.interop.expert_layers import layer_names
 from moe_lens.interop.router_trace import RouterNotUnderstood
 from moe_lens.interop.transformers import SlotSumError, attach
+from tests.conftest import leftover_hooks
 from tests.families import FAMILIES, hf_model, prompts, write_checkpoint
 from tests.interop_types import inputs, tiny_model
 
@@ -138,6 +140,41 @@ def test_gradients_equal_hooked_moe(hf: Any, model_of: Callable[[str], Any], var
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_what_a_hook_keeps_has_a_gradient(hf: Any, model_of: Callable[[str], Any], variant: str) -> None:
+    """`torch.autograd.grad` by values that forward hooks kept, the same as from HookedMoE."""
+    tokens, _ = prompts("none")
+    points = tuple(f"hook_{point}" for point in POINTS if point != "expert_indices")
+    found = []
+    with attach(hf(variant)) as attached:
+        for model in (attached, model_of(variant)):
+            kept: dict[str, Tensor] = {}
+
+            def keep(value: Tensor, hook: Any, kept: dict[str, Tensor] = kept) -> None:
+                kept[hook.name] = value
+
+            out = model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith(points), keep)])
+            logits = getattr(out, "logits", out)
+            loss = logits[:, -1].logsumexp(-1).sum()
+            found.append(dict(zip(kept, torch.autograd.grad(loss, list(kept.values())), strict=True)))
+    assert set(found[0]) == set(found[1])
+    for name, expected in found[1].items():
+        torch.testing.assert_close(
+            found[0][name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+
+
+def test_logits_of_a_router_that_returns_probabilities() -> None:
+    """Gemma 4's router returns probabilities as its first value: the point has what they are made of."""
+    model, made = tiny_model("gemma4"), []
+    router = model.model.layers[1].router
+    handle = router.proj.register_forward_hook(lambda module, args, output: made.append(output))
+    with torch.no_grad(), attach(model) as attached:
+        _, cache = attached.run_with_cache(**inputs("gemma4"))
+    handle.remove()
+    assert torch.equal(cache["blocks.1.mlp.hook_router_logits"].flatten(0, 1), made[0])
+
+
 @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_runs_the_implementation_that_the_model_had(
@@ -163,7 +200,7 @@ def state(model: Any) -> Any:
         model.config._experts_implementation,
         sorted(ALL_EXPERTS_FUNCTIONS.keys()),
         [(name, sorted(module.__dict__)) for name, module in model.named_modules()],
-        [len(module._forward_pre_hooks) for module in model.modules()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
     )
 
 
@@ -171,7 +208,7 @@ def state(model: Any) -> Any:
 def test_everything_is_put_back(hf: Any, fails: bool) -> None:
     """Also after an exception in a run, and with hooks left on the points."""
     theirs, (tokens, mask) = hf("qwen2_moe"), prompts("none")
-    before, seen = state(theirs), []
+    before, seen, attached = state(theirs), [], None
     with torch.no_grad():
         unhooked = theirs(tokens, attention_mask=mask).logits
         try:
@@ -184,6 +221,7 @@ def test_everything_is_put_back(hf: Any, fails: bool) -> None:
         except ZeroDivisionError:
             assert fails
         assert len(seen) == 1
+        assert leftover_hooks(attached) == []
         assert state(theirs) == before
         assert torch.equal(theirs(tokens, attention_mask=mask).logits, unhooked)
     assert len(seen) == 1
@@ -306,6 +344,46 @@ def test_attached_twice(hf: Any) -> None:
             ValueError, match=r"no hook named 'blocks\.0\.mlp\.hook_router_logit'; nearest are"
         ):
             attached.add_hook("blocks.0.mlp.hook_router_logit", print)
+
+
+def test_a_block_without_its_experts_raises(hf: Any) -> None:
+    """A kernel in a block's place would leave the points silent."""
+    theirs = hf("mixtral")
+    block = theirs.model.layers[1].mlp
+    block.forward = lambda hidden_states: hidden_states
+    try:
+        with (
+            torch.no_grad(),
+            attach(theirs) as attached,
+            pytest.raises(RuntimeError, match=r"blocks\.1\.mlp .* ran without"),
+        ):
+            attached(prompts("none")[0])
+    finally:
+        del block.forward
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["model.layers.3.mlp.experts", "model.layers.4.mlp.experts"], ["blocks.3.mlp", "blocks.4.mlp"]),
+        (
+            ["thinker.model.layers.0.mlp.experts", "talker.model.layers.0.mlp.experts"],
+            ["thinker.blocks.0.mlp", "talker.blocks.0.mlp"],
+        ),
+        (
+            ["model.layers.0.mlp.experts", "model.visual.blocks.0.mlp.experts"],
+            ["layers.blocks.0.mlp", "visual.blocks.blocks.0.mlp"],
+        ),
+        (
+            ["stages.0.layers.1.experts", "stages.1.layers.1.experts"],
+            ["0.blocks.1.mlp", "1.blocks.1.mlp"],
+        ),
+        (["mlp.experts"], ["blocks.0.mlp"]),
+    ],
+)
+def test_layer_names(paths: list[str], names: list[str]) -> None:
+    """The index in the list of layers; several stacks are told apart by what only their paths have."""
+    assert list(layer_names(paths).values()) == names
 
 
 def test_implementation_set_while_attached(checkpoint: Any) -> None:

@@ -53,7 +53,7 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     paths = [path for path, module in modules.items() if uses_interface(module)]
     if not paths:
         raise ValueError(_what_is_missing(model, modules))
-    names = _layer_names(paths)
+    names = layer_names(paths)
     if len(set(names.values())) < len(names):
         raise ValueError(f"layers at different paths would have the same name: {names}")
     return [_layer(path, names[path], modules) for path in paths]
@@ -87,7 +87,7 @@ def _what_is_missing(model: nn.Module, modules: dict[str, nn.Module]) -> str:
     )
 
 
-def _layer_names(paths: list[str]) -> dict[str, str]:
+def layer_names(paths: list[str]) -> dict[str, str]:
     """`blocks.{l}.mlp` for each path to experts, `l` being its index in the model's list of layers.
 
     Layers whose paths differ in more than the index are of several stacks (a vision tower beside a language

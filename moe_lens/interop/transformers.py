@@ -121,6 +121,7 @@ def _install(attached: AttachedModel, restore: ExitStack) -> None:
             config._experts_implementation_internal = name
         handle = layer.where.block.register_forward_pre_hook(layer.see_input, with_kwargs=True)
         restore.callback(handle.remove)
+        restore.callback(layer.where.block.register_forward_hook(layer.see_output).remove)
         _wrap_forward(layer.where.router, layer.run_router, restore)
 
 
@@ -215,13 +216,22 @@ class AttachedLayer:
         """The name under which `run_experts` is registered."""
         self._leading: tuple[int, int] | None = None
         self._routing: _Routing | None = None
+        self._ran = False
 
     def see_input(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         """Batch and positions of the tokens that come: of the first tensor that the block is given. None where it
         gets a flat list of tokens."""
         x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
         self._leading = (x.shape[0], x.shape[1]) if x.ndim == 3 else None
-        self._routing = None
+        self._routing, self._ran = None, False
+
+    def see_output(self, block: nn.Module, args: Any, output: Any) -> None:
+        """A block that did without its experts module (a fused kernel in its place) would leave the points silent."""
+        if not self._ran:
+            raise RuntimeError(
+                f"{self.where}: {type(block).__name__} ran without running its experts module, so nothing of it can be "
+                f"seen; load the model without a kernel in its place"
+            )
 
     def _shown(self, flat: Tensor) -> Tensor:
         """Tokens in batch and positions, with a router's or experts' last axis kept."""
@@ -285,7 +295,7 @@ class AttachedLayer:
         weights: Float[Tensor, "token k"],
     ) -> Float[Tensor, "token d"]:
         """The experts, with hooks on each slot's output and contribution."""
-        routing, self._routing = self._routing, None
+        routing, self._routing, self._ran = self._routing, None, True
         if routing is None:
             raise RuntimeError(
                 f"{self.where}: its experts ran without its router, so their choice is not known"
