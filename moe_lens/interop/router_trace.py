@@ -265,7 +265,7 @@ class RouterTrace:
                 f"{self.name}: expert {int(indices.flatten(0, -2)[token, slot])} cannot be forced at token {token}: "
                 f"its score is masked there (its group is not among the best), so that it has no weight"
             )
-        return torch.return_types.topk((scores.gather(-1, indices), indices))  # type: ignore[attr-defined]
+        return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
 
 
 def _logits_weights_indices(name: str, returned: Any) -> tuple[Tensor, Tensor, Tensor]:
