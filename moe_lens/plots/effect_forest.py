@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from moe_lens.audit.audit_result import Audit
 from moe_lens.audit.paired_tests import SMALLEST_EFFECT
 from moe_lens.plots.audit_cells import D_TITLE, Cells, cells_of, chosen_rows, hover_of, metric_range, names_of
-from moe_lens.plots.labelled import arms, counted, legend_below_heading, shown_label
+from moe_lens.plots.labelled import arms, counted, legend_below_heading, name_panel, shown_label
 from moe_lens.plots.style import CATEGORIES, GREY, GRID, INK, MUTED, fit_axis, lay_out, lay_out_chart, literal
 from moe_lens.routing.arguments import layers_said
 
@@ -240,20 +240,8 @@ def _axes(
 
 def _name_panels(figure: go.Figure, labels: Sequence[object], layers: Mapping[Any, Sequence[int]]) -> None:
     for panel, label in enumerate(labels):
-        number = "" if panel == 0 else panel + 1
-        figure.add_annotation(
-            text=f"{shown_label(label)}<br>{layers_said([int(i) for i in layers[label]])}",
-            x=0,
-            y=1,
-            xref=f"x{number} domain",
-            yref="paper",
-            yshift=4,
-            xanchor="left",
-            yanchor="bottom",
-            align="left",
-            showarrow=False,
-            font=dict(size=11, color=MUTED),
-        )
+        text = f"{shown_label(label)}<br>{layers_said([int(i) for i in layers[label]])}"
+        name_panel(figure, panel, text, size=11)
 
 
 def _effect_lines(effect: float, ends: float, in_legend: bool) -> go.Scatter:

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from moe_lens.plots.style import CATEGORIES, literal
+from moe_lens.plots.style import CATEGORIES, MUTED, literal
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 """Of models, beside their colours."""
@@ -175,3 +175,20 @@ def legend_below_heading(
 def shown_label(label: object) -> str:
     """Literally; rows without a name are not blank."""
     return literal(label) or "(no label)"
+
+
+def name_panel(figure: go.Figure, panel: int, text: str, size: int = 12) -> None:
+    """Text above a panel, at its left; panels are counted from 0."""
+    figure.add_annotation(
+        text=text,
+        x=0,
+        y=1,
+        xref=f"x{'' if panel == 0 else panel + 1} domain",
+        yref="paper",
+        yshift=4,
+        xanchor="left",
+        yanchor="bottom",
+        align="left",
+        showarrow=False,
+        font=dict(size=size, color=MUTED),
+    )

@@ -18,10 +18,11 @@ from moe_lens.plots.labelled import (
     depths,
     labelled,
     legend_below_heading,
+    name_panel,
     paler,
     shown_label,
 )
-from moe_lens.plots.style import MUTED, fit_axis, lay_out, lay_out_chart, literal
+from moe_lens.plots.style import fit_axis, lay_out, lay_out_chart, literal
 
 _CHAINS = (
     ("routing_weight", "gap_norm", "routing weight and gap norm"),
@@ -87,20 +88,8 @@ def redistribution_chains(
     figure.update_yaxes(title_text="", col=2)
     legend_below_heading(figure, lines=2 if len(labels) > 1 else 0, panel_names=2, subtitle_lines=2)
     for panel, (_, _, said) in enumerate(_CHAINS):
-        figure.add_annotation(
-            # Two lines, so that a narrow figure has room for both.
-            text=said.replace(" and ", "<br>and "),
-            x=0,
-            y=1,
-            xref=f"x{'' if panel == 0 else panel + 1} domain",
-            yref="paper",
-            yshift=4,
-            xanchor="left",
-            yanchor="bottom",
-            align="left",
-            showarrow=False,
-            font=dict(size=12, color=MUTED),
-        )
+        # Two lines, so that a narrow figure has room for both.
+        name_panel(figure, panel, said.replace(" and ", "<br>and "))
     figure.update_layout(showlegend=len(labels) > 1)
     return figure
 
