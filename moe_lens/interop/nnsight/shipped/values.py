@@ -1,0 +1,224 @@
+"""The values of hook points (`moe_lens.model` names them), read from a transformers model as it runs.
+
+Values must be read in the order in which the model makes them, so these functions follow its forward pass: embedding,
+layer by layer, final norm. A value is read only where it is wanted; the names that there are, `moe_lens.interop.points`
+lists. All five families have `lm.model`
+with its `embed_tokens`, `layers` and `norm`.
+
+What transformers keeps flat, `[batch x pos, ...]`, is given its two axes; slots are sorted by routing weight, heaviest
+first; each slot's expert output is computed again from what its layer's experts were given, in the model's precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import einsum, rearrange, repeat
+from torch import Tensor
+
+
+def read_values(lm: Any, facts: dict[str, Any], wanted: list[str], shape: list[int]) -> dict[str, Tensor]:
+    """The values of hook points of one run, by name.
+
+    Args:
+        lm: the model's envoy.
+        facts: of the model.
+        wanted: names; no other value is read.
+        shape: batch and positions of the run.
+    """
+    values = {}
+    model, names = lm.model, set(wanted)
+    if "hook_embed" in names:
+        values["hook_embed"] = model.embed_tokens.output.detach()
+    for layer in range(facts["n_layers"]):
+        prefix = f"blocks.{layer}."
+        here = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        if here:
+            found = read_layer(model.layers[layer], facts, layer in facts["moe_layers"], here, shape)
+            values.update({prefix + name: value for name, value in found.items()})
+    final = {name.removeprefix("ln_final.") for name in names if name.startswith("ln_final.")}
+    if final:
+        found = normalised(model.norm.input.detach(), facts["eps"])
+        values.update({f"ln_final.{name}": found[name] for name in final})
+    return values
+
+
+def read_layer(
+    layer: Any, facts: dict[str, Any], has_experts: bool, wanted: set[str], shape: list[int]
+) -> dict[str, Tensor]:
+    """The values of one layer, by their names in it."""
+    values = {}
+    if wanted & {"hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized"}:
+        stream = layer.input.detach()
+        found = normalised(stream, facts["eps"])
+        values["hook_resid_pre"] = stream
+        values["ln1.hook_scale"], values["ln1.hook_normalized"] = (
+            found["hook_scale"],
+            found["hook_normalized"],
+        )
+    values.update(read_attention(layer.self_attn, facts, wanted))
+    if wanted & {"hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized"}:
+        stream = layer.post_attention_layernorm.input.detach()
+        found = normalised(stream, facts["eps"])
+        values["hook_resid_mid"] = stream
+        values["ln2.hook_scale"], values["ln2.hook_normalized"] = (
+            found["hook_scale"],
+            found["hook_normalized"],
+        )
+    in_mlp = {name.removeprefix("mlp.") for name in wanted if name.startswith("mlp.")}
+    if in_mlp:
+        read = read_experts if has_experts else read_gated_mlp
+        values.update({f"mlp.{name}": v for name, v in read(layer.mlp, facts, in_mlp, shape).items()})
+    if "hook_mlp_out" in wanted:
+        values["hook_mlp_out"] = layer.mlp.output.detach().reshape(*shape, -1)
+    if "hook_resid_post" in wanted:
+        values["hook_resid_post"] = layer.output.detach()
+    return {name: value for name, value in values.items() if name in wanted}
+
+
+def normalised(stream: Tensor, eps: float) -> dict[str, Tensor]:
+    """RMSNorm's scale, sqrt(mean(x^2) + eps) in float32, and the stream over it, before the gain."""
+    with torch.autocast(stream.device.type, enabled=False):
+        scale = (stream.float().pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
+        return {"hook_scale": scale, "hook_normalized": (stream.float() / scale).to(stream.dtype)}
+
+
+# ---- attention ----
+
+
+def read_attention(attention: Any, facts: dict[str, Any], wanted: set[str]) -> dict[str, Tensor]:
+    """What attention makes and writes, but for what lies inside its kernel."""
+    heads, values = {"head": facts["n_heads"]}, {}
+    if wanted & {"attn.hook_q", "attn.hook_k", "attn.hook_v"}:
+        values.update(read_queries_keys_values(attention, facts, wanted))
+    if wanted & {"attn.hook_z", "attn.hook_result"}:
+        z = rearrange(attention.o_proj.input.detach(), "b p (head d) -> b p head d", **heads)
+        values["attn.hook_z"] = z
+        if "attn.hook_result" in wanted:
+            weight = rearrange(attention.o_proj.weight, "d_model (head d) -> head d d_model", **heads)
+            with torch.autocast(z.device.type, enabled=False):
+                values["attn.hook_result"] = einsum(
+                    z, weight, "b p head d, head d d_model -> b p head d_model"
+                )
+    if "hook_attn_out" in wanted:
+        values["hook_attn_out"] = attention.o_proj.output.detach()
+    return values
+
+
+def read_queries_keys_values(attention: Any, facts: dict[str, Any], wanted: set[str]) -> dict[str, Tensor]:
+    """Queries and keys before norm and rotation, values as they are attended to."""
+    latent, n_heads, values = facts["latent"], facts["n_heads"], {}
+    if "attn.hook_q" in wanted:
+        query = attention.q_proj if latent is None or not latent["query_rank"] else attention.q_b_proj
+        values["attn.hook_q"] = rearrange(query.output.detach(), "b p (head d) -> b p head d", head=n_heads)
+    if latent is None:
+        n = facts["n_key_value_heads"]
+        if "attn.hook_k" in wanted:
+            values["attn.hook_k"] = rearrange(attention.k_proj.output.detach(), "b p (h d) -> b p h d", h=n)
+        if "attn.hook_v" in wanted:
+            value = rearrange(attention.v_proj.output.detach(), "b p (h d) -> b p h d", h=n)
+            values["attn.hook_v"] = (
+                value if facts["clip"] is None else value.clamp(-facts["clip"], facts["clip"])
+            )
+    elif wanted & {"attn.hook_k", "attn.hook_v"}:
+        compressed = attention.kv_a_proj_with_mqa.output.detach()
+        # Made with an axis of one head, at which transformers keeps what all heads share.
+        expanded = attention.kv_b_proj.output.detach().reshape(*compressed.shape[:2], n_heads, -1)
+        nope, values["attn.hook_v"] = expanded.split((latent["d_nope"], facts["d_value"]), dim=-1)
+        rope = repeat(compressed[..., latent["kv_rank"] :], "b p d -> b p h d", h=n_heads)
+        values["attn.hook_k"] = torch.cat((nope, rope.to(nope.dtype)), dim=-1)
+    return values
+
+
+# ---- experts ----
+
+
+def read_experts(mlp: Any, facts: dict[str, Any], wanted: set[str], shape: list[int]) -> dict[str, Tensor]:
+    """What router, experts and shared experts of one layer make."""
+    shared, values = facts["shared"], {}
+    of_shared = {name for name in wanted if name.startswith("hook_shared")}
+    # The family with a gate on its shared expert runs it before its router, the other after its experts.
+    if of_shared and shared["gated"]:
+        values.update(read_shared(mlp.shared_expert, of_shared, shape))
+    if wanted & {"hook_router_logits", "hook_expert_weights"}:
+        logits = mlp.gate.output[0].detach().reshape(*shape, -1)
+        values["hook_router_logits"] = logits
+        values["hook_expert_weights"] = logits.float().softmax(dim=-1)
+    of_slots = {"hook_expert_indices", "hook_routing_weights"} | SLOT_VALUES
+    if wanted & of_slots:
+        x, indices, weights = mlp.experts.inputs[0]
+        found = slot_values(mlp.experts, x.detach(), indices, weights.detach(), wanted)
+        values.update({name: value.reshape(*shape, *value.shape[1:]) for name, value in found.items()})
+    if of_shared and shared["gated"]:
+        out = values["hook_shared_out"]
+        gate = mlp.shared_expert_gate.output.detach().reshape(*shape, 1).sigmoid()
+        values["hook_shared_gate"], values["hook_shared_out"] = gate, gate * out
+    elif of_shared:
+        values.update(read_shared(mlp.shared_experts, of_shared, shape))
+    return {name: value for name, value in values.items() if name in wanted}
+
+
+SLOT_VALUES = {
+    "hook_expert_pre",
+    "hook_expert_pre_linear",
+    "hook_expert_post",
+    "hook_expert_out",
+    "hook_expert_contrib",
+}
+
+
+def slot_values(
+    experts: Any, x: Tensor, indices: Tensor, weights: Tensor, wanted: set[str]
+) -> dict[str, Tensor]:
+    """What the router chose, `[token, k]`, heaviest first, and what each slot's expert makes, `[token, k, d]`."""
+    order = weights.argsort(dim=-1, descending=True, stable=True)
+    indices, weights = indices.gather(-1, order), weights.gather(-1, order)
+    values = {"hook_expert_indices": indices, "hook_routing_weights": weights}
+    if wanted & SLOT_VALUES:
+        values.update(expert_outputs(experts, x, indices))
+        with torch.autocast(x.device.type, enabled=False):
+            out = values["hook_expert_out"]
+            values["hook_expert_contrib"] = (weights[..., None] * out).to(out.dtype)
+    return {name: value for name, value in values.items() if name in wanted}
+
+
+def expert_outputs(experts: Any, x: Tensor, indices: Tensor) -> dict[str, Tensor]:
+    """E_i(x) of every slot, and its neurons, each before the routing weight: `[token, k, d]`."""
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    n_tokens, k = indices.shape
+    hidden = x.new_empty(3, n_tokens, k, down.shape[-1])
+    out = x.new_empty(n_tokens, k, down.shape[1])
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for expert in indices.unique().tolist():
+            token, slot = (indices == expert).nonzero(as_tuple=True)
+            pre, pre_linear = (x[token] @ gate_up[expert].T).chunk(2, dim=-1)
+            post = experts.act_fn(pre) * pre_linear
+            hidden[:, token, slot] = torch.stack((pre, pre_linear, post))
+            out[token, slot] = post @ down[expert].T
+    return {
+        "hook_expert_pre": hidden[0],
+        "hook_expert_pre_linear": hidden[1],
+        "hook_expert_post": hidden[2],
+        "hook_expert_out": out,
+    }
+
+
+def read_shared(mlp: Any, wanted: set[str], shape: list[int]) -> dict[str, Tensor]:
+    """Neurons and output of shared experts, before their gate."""
+    found = read_gated_mlp(mlp, {}, {name.replace("shared_", "") for name in wanted}, shape)
+    values = {name.replace("hook_", "hook_shared_"): value for name, value in found.items()}
+    values["hook_shared_out"] = mlp.down_proj.output.detach().reshape(*shape, -1)
+    return values
+
+
+def read_gated_mlp(mlp: Any, facts: dict[str, Any], wanted: set[str], shape: list[int]) -> dict[str, Tensor]:
+    """Neurons of a dense MLP: before the activation, what they are multiplied with, and their product."""
+    values = {}
+    if "hook_pre" in wanted:
+        values["hook_pre"] = mlp.gate_proj.output.detach().reshape(*shape, -1)
+    if "hook_pre_linear" in wanted:
+        values["hook_pre_linear"] = mlp.up_proj.output.detach().reshape(*shape, -1)
+    if "hook_post" in wanted:
+        values["hook_post"] = mlp.down_proj.input.detach().reshape(*shape, -1)
+    return values
