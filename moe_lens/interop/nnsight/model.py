@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lens.config import LatentAttentionConfig, MoEConfig
 from moe_lens.converters import converter_for
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.rotary import rotation_at
 from moe_lens.model.text import Text
 
 
@@ -95,6 +96,8 @@ def facts_of(cfg: MoEConfig) -> dict[str, Any]:
         "d_value": attention.d_value,
         "latent": latent,
         "clip": getattr(attention, "clip", None),
+        "query_key_norm": getattr(attention, "query_key_norm", "none") != "none",
+        "softmax_scale": attention.softmax_scale,
         "eps": cfg.eps,
         "n_experts": cfg.n_experts,
         "top_k": cfg.top_k,
@@ -103,6 +106,15 @@ def facts_of(cfg: MoEConfig) -> dict[str, Any]:
         "n_groups": router.n_groups,
         "top_k_groups": router.top_k_groups,
         "shared": None if shared is None else {"gated": shared.gated},
+    }
+
+
+def attention_facts(cfg: MoEConfig, real: Bool[Tensor, "batch pos"]) -> dict[str, Any]:
+    """What is needed besides to compute rotations, scores and patterns of these tokens again."""
+    rotation = rotation_at(cfg.rotary, torch.arange(real.shape[1])[None])
+    return {
+        "real": real,
+        "rotation": {"cos": rotation.cos, "sin": rotation.sin, "adjacent": rotation.adjacent},
     }
 
 
@@ -122,5 +134,10 @@ def tokens_of(
 
 
 def inputs_of(tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> dict[str, Tensor]:
-    """What a trace is given: one batched input."""
-    return {"input_ids": tokens, "attention_mask": mask.long()}
+    """What a trace is given: one batched input.
+
+    Positions are counted from the first column, padding included, as HookedMoE and transformers' forward count them;
+    nnsight would count a row that is padded on the left from its first token.
+    """
+    columns = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": columns.clone()}

@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import einsum, rearrange, repeat
 from torch import Tensor
+
+from moe_lens.interop.nnsight.shipped.attention import read_attention
 
 
 def read_values(lm: Any, facts: dict[str, Any], wanted: list[str], shape: list[int]) -> dict[str, Tensor]:
@@ -82,53 +83,6 @@ def normalised(stream: Tensor, eps: float) -> dict[str, Tensor]:
     with torch.autocast(stream.device.type, enabled=False):
         scale = (stream.float().pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
         return {"hook_scale": scale, "hook_normalized": (stream.float() / scale).to(stream.dtype)}
-
-
-# ---- attention ----
-
-
-def read_attention(attention: Any, facts: dict[str, Any], wanted: set[str]) -> dict[str, Tensor]:
-    """What attention makes and writes, but for what lies inside its kernel."""
-    heads, values = {"head": facts["n_heads"]}, {}
-    if wanted & {"attn.hook_q", "attn.hook_k", "attn.hook_v"}:
-        values.update(read_queries_keys_values(attention, facts, wanted))
-    if wanted & {"attn.hook_z", "attn.hook_result"}:
-        z = rearrange(attention.o_proj.input.detach(), "b p (head d) -> b p head d", **heads)
-        values["attn.hook_z"] = z
-        if "attn.hook_result" in wanted:
-            weight = rearrange(attention.o_proj.weight, "d_model (head d) -> head d d_model", **heads)
-            with torch.autocast(z.device.type, enabled=False):
-                values["attn.hook_result"] = einsum(
-                    z, weight, "b p head d, head d d_model -> b p head d_model"
-                )
-    if "hook_attn_out" in wanted:
-        values["hook_attn_out"] = attention.o_proj.output.detach()
-    return values
-
-
-def read_queries_keys_values(attention: Any, facts: dict[str, Any], wanted: set[str]) -> dict[str, Tensor]:
-    """Queries and keys before norm and rotation, values as they are attended to."""
-    latent, n_heads, values = facts["latent"], facts["n_heads"], {}
-    if "attn.hook_q" in wanted:
-        query = attention.q_proj if latent is None or not latent["query_rank"] else attention.q_b_proj
-        values["attn.hook_q"] = rearrange(query.output.detach(), "b p (head d) -> b p head d", head=n_heads)
-    if latent is None:
-        n = facts["n_key_value_heads"]
-        if "attn.hook_k" in wanted:
-            values["attn.hook_k"] = rearrange(attention.k_proj.output.detach(), "b p (h d) -> b p h d", h=n)
-        if "attn.hook_v" in wanted:
-            value = rearrange(attention.v_proj.output.detach(), "b p (h d) -> b p h d", h=n)
-            values["attn.hook_v"] = (
-                value if facts["clip"] is None else value.clamp(-facts["clip"], facts["clip"])
-            )
-    elif wanted & {"attn.hook_k", "attn.hook_v"}:
-        compressed = attention.kv_a_proj_with_mqa.output.detach()
-        # Made with an axis of one head, at which transformers keeps what all heads share.
-        expanded = attention.kv_b_proj.output.detach().reshape(*compressed.shape[:2], n_heads, -1)
-        nope, values["attn.hook_v"] = expanded.split((latent["d_nope"], facts["d_value"]), dim=-1)
-        rope = repeat(compressed[..., latent["kv_rank"] :], "b p d -> b p h d", h=n_heads)
-        values["attn.hook_k"] = torch.cat((nope, rope.to(nope.dtype)), dim=-1)
-    return values
 
 
 # ---- experts ----
