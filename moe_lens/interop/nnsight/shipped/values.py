@@ -131,9 +131,8 @@ def slot_values(
     values = {"hook_expert_indices": indices, "hook_routing_weights": weights}
     if wanted & SLOT_VALUES:
         values.update(expert_outputs(experts, x, indices))
-        with torch.autocast(x.device.type, enabled=False):
-            out = values["hook_expert_out"]
-            values["hook_expert_contrib"] = (weights[..., None] * out).to(out.dtype)
+        out = values["hook_expert_out"]
+        values["hook_expert_contrib"] = (weights[..., None] * out).to(out.dtype)
     return {name: value for name, value in values.items() if name in wanted}
 
 
