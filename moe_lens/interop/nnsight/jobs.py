@@ -28,6 +28,8 @@ from nnsight.modeling.transformers import TransformersModel
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel
 
+from moe_lens.interop.nnsight.received import read_plain
+
 # Sends the source of shipped functions with a request: a server does not have this package.
 nnsight.register("moe_lens")
 
@@ -136,7 +138,7 @@ class Plan:
         analysis: the function's name.
         model_key: under which a server knows the model; None where nothing is sent.
         jobs, passes: requests, and forward passes in them.
-        bytes_up: of the payloads, exactly: they are made, and not sent.
+        bytes_up: of the payloads, which are made, and not sent; compression varies by a few bytes.
         bytes_down: about what comes back, before compression.
         host: the server asked; None where there is none.
         served: whether it runs the model now; None where no server is asked.
@@ -253,7 +255,7 @@ class _CountedRemote(RemoteBackend):
     @staticmethod
     def parse(message: str | bytes) -> ResponseModel:
         if isinstance(message, (bytes, bytearray)):
-            return ResponseModel(**torch.load(io.BytesIO(message), map_location="cpu", weights_only=True))
+            return ResponseModel(**read_plain(bytes(message)))
         return ResponseModel.model_validate_json(message)
 
     def finalize(self, content: bytes) -> Any:
@@ -262,7 +264,7 @@ class _CountedRemote(RemoteBackend):
             import zstandard
 
             content = zstandard.ZstdDecompressor().decompress(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return read_plain(content)
 
 
 class _CountedLocal(LocalSimulationBackend):
