@@ -306,7 +306,9 @@ def run(
             )
         else:
             backend = _CountedLocal(lm, counted) if remote == "local" else None
-        results.append(_session(lm, job, backend))
+        # Shipped functions give no gradients; without them the model keeps nothing for a backward pass either.
+        with torch.no_grad():
+            results.append(_session(lm, job, backend))
         if remote == "local":
             counted.bytes_down += _stored_bytes(results[-1])
         for recorder in _recorders.get():

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from moe_lens.interop.nnsight.shipped.attention import read_attention
@@ -113,13 +114,8 @@ def read_experts(mlp: Any, facts: dict[str, Any], wanted: set[str], shape: list[
     return {name: value for name, value in values.items() if name in wanted}
 
 
-SLOT_VALUES = {
-    "hook_expert_pre",
-    "hook_expert_pre_linear",
-    "hook_expert_post",
-    "hook_expert_out",
-    "hook_expert_contrib",
-}
+NEURONS = ("hook_expert_pre", "hook_expert_pre_linear", "hook_expert_post")
+SLOT_VALUES = {*NEURONS, "hook_expert_out", "hook_expert_contrib"}
 
 
 def slot_values(
@@ -130,31 +126,38 @@ def slot_values(
     indices, weights = indices.gather(-1, order), weights.gather(-1, order)
     values = {"hook_expert_indices": indices, "hook_routing_weights": weights}
     if wanted & SLOT_VALUES:
-        values.update(expert_outputs(experts, x, indices))
+        values.update(expert_outputs(experts, x, indices, wanted))
         out = values["hook_expert_out"]
         values["hook_expert_contrib"] = (weights[..., None] * out).to(out.dtype)
     return {name: value for name, value in values.items() if name in wanted}
 
 
-def expert_outputs(experts: Any, x: Tensor, indices: Tensor) -> dict[str, Tensor]:
-    """E_i(x) of every slot, and its neurons, each before the routing weight: `[token, k, d]`."""
+def expert_outputs(experts: Any, x: Tensor, indices: Tensor, wanted: Any = ()) -> dict[str, Tensor]:
+    """E_i(x) of every slot, before the routing weight, `[token, k, d]`, and those of its neurons that are wanted."""
     gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    n_tokens, k = indices.shape
-    hidden = x.new_empty(3, n_tokens, k, down.shape[-1])
-    out = x.new_empty(n_tokens, k, down.shape[1])
+    slots = rearrange(indices, "token k -> (token k)")
+    # Sorted by expert, so that each one's slots are read and written in one piece.
+    by_expert = slots.argsort(stable=True)
+    counts = slots.bincount(minlength=len(gate_up)).tolist()
+    made = {"hook_expert_out": []}
+    made.update({name: [] for name in NEURONS if name in wanted})
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for expert in indices.unique().tolist():
-            token, slot = (indices == expert).nonzero(as_tuple=True)
-            pre, pre_linear = (x[token] @ gate_up[expert].T).chunk(2, dim=-1)
+        inputs = x[by_expert // indices.shape[1]].split(counts)
+        for expert in [expert for expert, count in enumerate(counts) if count]:
+            pre, pre_linear = (inputs[expert] @ gate_up[expert].T).chunk(2, dim=-1)
             post = experts.act_fn(pre) * pre_linear
-            hidden[:, token, slot] = torch.stack((pre, pre_linear, post))
-            out[token, slot] = post @ down[expert].T
-    return {
-        "hook_expert_pre": hidden[0],
-        "hook_expert_pre_linear": hidden[1],
-        "hook_expert_post": hidden[2],
-        "hook_expert_out": out,
-    }
+            for name, value in zip(NEURONS, (pre, pre_linear, post), strict=True):
+                if name in made:
+                    made[name].append(value)
+            made["hook_expert_out"].append(post @ down[expert].T)
+    return {name: in_slots(torch.cat(pieces), by_expert, indices) for name, pieces in made.items()}
+
+
+def in_slots(by_expert_values: Tensor, by_expert: Tensor, indices: Tensor) -> Tensor:
+    """Values of slots that are sorted by expert, `[token x k, d]`, in their places `[token, k, d]`."""
+    values = torch.empty_like(by_expert_values)
+    values[by_expert] = by_expert_values
+    return values.reshape(*indices.shape, -1)
 
 
 def read_shared(mlp: Any, wanted: set[str], shape: list[int]) -> dict[str, Tensor]:
