@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import hf_model, write_checkpoint, write_tokenizer
+from tests.families import FAMILIES, hf_model, write_checkpoint, write_tokenizer
 
 # The models are tiny: a second thread only waits, and on a busy machine it waits by spinning.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -63,6 +63,26 @@ def hooked(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
         )
 
     return cache(load)
+
+
+@pytest.fixture(scope="session")
+def _nnsight_server(checkpoint: Callable[[str], Path]) -> Iterator[Any]:
+    from tests.nnsight_server import serve
+
+    with serve({family: checkpoint(family) for family in FAMILIES}) as server:
+        yield server
+
+
+@pytest.fixture
+def nnsight_server(_nnsight_server: Any) -> Iterator[Any]:
+    """A stand-in for an NDIF server that holds every family in float32, with this test as its client.
+
+    It is started when a test first asks for it. See `tests.nnsight_server`.
+    """
+    from tests.nnsight_server import as_client_of
+
+    with as_client_of(_nnsight_server):
+        yield _nnsight_server
 
 
 def leftover_hooks(model: Any) -> list[str]:
