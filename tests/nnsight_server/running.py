@@ -47,6 +47,16 @@ class Server:
         self.directories[repo_id] = Path(directory)
         return repo_id
 
+    @contextlib.contextmanager
+    def limits(self, **changes: Any) -> Iterator[None]:
+        """Other `seconds`, `largest_on_socket` or `trusted` than `serve` was given, for as long as this is open."""
+        where = f"{self.url}/stand-in/limits"
+        before = httpx.post(where, json=changes).raise_for_status().json()
+        try:
+            yield
+        finally:
+            httpx.post(where, json=before).raise_for_status()
+
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -69,6 +79,7 @@ def serve(
     *,
     seconds: float = 60.0,
     largest_on_socket: int = LARGEST_ON_SOCKET,
+    trusted: bool = True,
 ) -> Iterator[Server]:
     """A server in a process of its own, on a free port of 127.0.0.1, that holds `checkpoints`.
 
@@ -77,6 +88,8 @@ def serve(
         dtype: what their weights are held in.
         seconds: how long a job may run.
         largest_on_socket: the largest result, in bytes, that comes with the last update; others are fetched by URL.
+        trusted: whether the key of `as_client_of` is one of those whose blocks run beside the weights. If not, a block
+            that reads a parameter gets it on the meta device, without values, and no gradient flows through it.
 
     Raises:
         RuntimeError: the process ended before it served; the message ends with what it wrote to stderr.
@@ -87,6 +100,7 @@ def serve(
         api_key=API_KEY,
         seconds=seconds,
         largest_on_socket=largest_on_socket,
+        trusted=trusted,
     )
     # -I: no PYTHONPATH, no current directory, no packages of the user's.
     command = [sys.executable, "-I", "-c", _START.format(str(Path(__file__).parent)), json.dumps(options)]
@@ -142,7 +156,7 @@ def as_client_of(server: Server, *, compress: bool = True) -> Iterator[None]:
 
     def model_info(self: HfApi, repo_id: str, **options: Any) -> Any:
         served = {str(directory): name for name, directory in server.directories.items()}
-        if repo_id not in served and repo_id not in server.directories and not Path(repo_id).is_dir():
+        if not repo_id.startswith(f"{OWNER}/") and not Path(repo_id).is_dir():
             return of_hub(self, repo_id, **options)
         name = served.get(repo_id, f"{OWNER}/{Path(repo_id).name}")
         return SimpleNamespace(id=name, pipeline_tag="text-generation", library_name="transformers", tags=[])

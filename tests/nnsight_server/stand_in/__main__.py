@@ -1,6 +1,7 @@
 """Start the server: hide what a server does not have, load the models, say the port, serve until stdin closes.
 
-The one argument is JSON: `models` (a list of `Service.add`'s arguments), `api_key`, `seconds`, `largest_on_socket`.
+The one argument is JSON: `models` (a list of `Service.add`'s arguments), `api_key`, and `seconds`,
+`largest_on_socket` and `trusted`, for which see `tests.nnsight_server.serve`.
 The first line of stdout is the port.
 """
 

@@ -102,12 +102,14 @@ class Runner:
         url: Callable[[Job], str],
         seconds: float,
         largest_on_socket: int,
+        trusted: bool,
     ) -> None:
         self.held = held
         self.publish = publish
         self.url = url
         self.seconds = seconds
         self.largest_on_socket = largest_on_socket
+        self.trusted = trusted
         self.jobs: dict[str, Job] = {}
         self.waiting: asyncio.Queue[Job] = asyncio.Queue()
 
@@ -155,7 +157,7 @@ class Runner:
         def work() -> None:
             result, error = None, None
             try:
-                result = run(held, job.request, job.payload)
+                result = run(held, job.request, job.payload, self.trusted)
             except (Exception, RequestError) as raised:
                 error = describe(raised)
             except SystemExit:

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import linecache
+import os
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.globals import BLOCKS, SOURCES
 from nnsight.tracing.tracer import _saves, dec, inc
 from nnsight.tracing.util import clean_traceback, filter_traceback
+
+from .weightless import without_weights
 
 CLASS = "nnsight.modeling.transformers.TransformersModel"
 TASK = "text-generation"
@@ -101,8 +104,10 @@ def rebuild(held: Held, payload: bytes, compress: bool) -> Any:
         ) from error
 
 
-def run(held: Held, request: RequestModel, payload: bytes) -> bytes:
+def run(held: Held, request: RequestModel, payload: bytes, trusted: bool) -> bytes:
     """Run a request's block, and give the values it saved as the client reads them.
+
+    A block that is not `trusted` sees no weights: see `without_weights`.
 
     Raises:
         RequestError: see `rebuild`.
@@ -112,7 +117,7 @@ def run(held: Held, request: RequestModel, payload: bytes) -> bytes:
         try:
             held.model._remoteable_set_env(request.env)
             tracer = rebuild(held, payload, request.compress)
-            with autocast(held.dtype):
+            with autocast(held.dtype), contextlib.nullcontext() if trusted else without_weights(held.model):
                 inc()
                 try:
                     tracer.execute(tracer.info.code)
@@ -130,10 +135,11 @@ def run(held: Held, request: RequestModel, payload: bytes) -> bytes:
 
 
 def describe(error: BaseException) -> str:
-    """What the client is told: a sentence, or the traceback through the frames of the client's own code."""
+    """What the client is told: a sentence, or the traceback, without the frames of nnsight and of the server."""
     if isinstance(error, RequestError):
         return str(error)
+    own = os.path.dirname(__file__)
     frames = filter_traceback(
-        clean_traceback(error.__traceback__), lambda frame: frame.f_code.co_filename != __file__
+        clean_traceback(error.__traceback__), lambda frame: not frame.f_code.co_filename.startswith(own)
     )
     return "".join(traceback.format_exception(type(error), error, frames))

@@ -20,16 +20,14 @@ from .models import Held, hold
 class Service:
     """What the handlers share."""
 
-    def __init__(self, api_key: str, seconds: float, largest_on_socket: int) -> None:
+    def __init__(self, api_key: str, **limits: Any) -> None:
         self.api_key = api_key
         self.url = ""
         self.sockets: dict[str, Subscribe] = {}
         self.held: dict[str, Held] = {}
         self.states: dict[str, str] = {}
         self.environment = get_local_env()
-        self.runner = Runner(
-            self.held, self.publish, lambda job: f"{self.url}/results/{job.id}.pt", seconds, largest_on_socket
-        )
+        self.runner = Runner(self.held, self.publish, lambda job: f"{self.url}/results/{job.id}.pt", **limits)
 
     def publish(self, session_id: str, frame: str | bytes) -> None:
         if session_id in self.sockets:
@@ -179,6 +177,17 @@ class Models(Handler):
         self.finish({})
 
 
+class Limits(Handler):
+    """The stand-in's own: change what jobs may do; the answer is how it was."""
+
+    def post(self) -> None:
+        changes = json.loads(self.request.body)
+        before = {name: getattr(self.service.runner, name) for name in changes}
+        for name, value in changes.items():
+            setattr(self.service.runner, name, value)
+        self.finish(before)
+
+
 def application(service: Service) -> web.Application:
     shared = {"service": service}
     return web.Application(
@@ -193,6 +202,7 @@ def application(service: Service) -> web.Application:
             (r"/ping", Ping, shared),
             (r"/stand-in/jobs", Jobs, shared),
             (r"/stand-in/models", Models, shared),
+            (r"/stand-in/limits", Limits, shared),
         ],
         websocket_max_message_size=1 << 30,
         log_function=lambda handler: None,
