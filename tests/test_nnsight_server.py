@@ -118,6 +118,14 @@ def test_what_cannot_be_imported_there(nnsight_server: Server, lm: Any) -> None:
     assert not {"moe_lens", *names} & set(nnsight.compare().remote["packages"])
 
 
+def test_files_of_the_client_are_not_there(lm: Any, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("text")
+    for path in (__file__, str(tmp_path / "some.txt")):
+        with refused(f"FileNotFoundError: .*{path}"), lm.trace(TEXT, remote=True):
+            lm.output.logits.save()
+            print(Path(path).read_text())
+
+
 PACKAGE = """
 import functools
 import jaxtyping
@@ -354,6 +362,20 @@ def test_full_precision_models_run_without_autocast(lm: Any) -> None:
         enabled = save(torch.is_autocast_enabled("cpu"))
         lm.output.logits.save()
     assert enabled is False
+
+
+def test_attention_is_the_clients_and_experts_are_the_servers(
+    nnsight_server: Server, checkpoint: Checkpoint
+) -> None:
+    """A request says how attention is computed, for itself alone, and nothing says how experts are."""
+    directory = checkpoint("olmoe")
+    for attention in ("eager", "sdpa"):
+        lm = client(directory, attn_implementation=attention, experts_implementation="eager")
+        with lm.trace(TEXT, remote=True):
+            theirs = save([lm.config._attn_implementation, lm.config._experts_implementation])
+            lm.output.logits.save()
+        assert theirs[0] == attention
+        assert theirs[1] != lm._module.config._experts_implementation == "eager"
 
 
 def test_a_key_that_is_not_trusted_reaches_no_weights(nnsight_server: Server, lm: Any) -> None:

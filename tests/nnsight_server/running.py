@@ -97,6 +97,7 @@ def serve(
     named = {f"{OWNER}/{name}": Path(directory) for name, directory in (checkpoints or {}).items()}
     options = dict(
         models=[dict(repo_id=r, directory=str(d), dtype=_name(dtype)) for r, d in named.items()],
+        hidden=[str(Path(__file__).parents[2]), os.getcwd(), tempfile.gettempdir()],
         api_key=API_KEY,
         seconds=seconds,
         largest_on_socket=largest_on_socket,

@@ -1,7 +1,7 @@
 """Start the server: hide what a server does not have, load the models, say the port, serve until stdin closes.
 
-The one argument is JSON: `models` (a list of `Service.add`'s arguments), `api_key`, and `seconds`,
-`largest_on_socket` and `trusted`, for which see `tests.nnsight_server.serve`.
+The one argument is JSON: `models` (a list of `Service.add`'s arguments), `hidden` (directories whose files are only the
+client's), `api_key`, and `seconds`, `largest_on_socket` and `trusted`, for which see `tests.nnsight_server.serve`.
 The first line of stdout is the port.
 """
 
@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-from .environment import hide_all_else
+from .environment import hide_all_else, hide_files
 
 
 async def main(options: dict[str, Any]) -> None:
@@ -24,8 +24,9 @@ async def main(options: dict[str, Any]) -> None:
     from .service import Service, application
 
     torch.set_num_threads(1)
-    models = options.pop("models")
+    models, hidden = options.pop("models"), options.pop("hidden")
     service = Service(**options)
+    hide_files(hidden, service.shown)
     for model in models:
         service.add(**model)
     sockets = bind_sockets(0, "127.0.0.1")

@@ -2,11 +2,13 @@
 
 A real server has neither moe_lens nor what only moe_lens needs (jaxtyping, transformer_lens, pandas, scipy,
 plotly, ...). All of it is installed beside the stand-in, whose process therefore hides it: a module is found
-only if it belongs to Python, to the packages below, or to what those name as their requirements.
+only if it belongs to Python, to the packages below, or to what those name as their requirements. Nor has it the
+client's files, from which Python would take the source of a function whose source was not sent.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -70,6 +72,26 @@ class OnlyInstalled:
 
     def invalidate_caches(self) -> None:
         getattr(self.finder, "invalidate_caches", lambda: None)()
+
+
+def hide_files(hidden: Iterable[str], shown: list[str]) -> None:
+    """From here on, no file below a directory of `hidden` can be opened, unless it is below one of `shown`.
+
+    `shown` is read anew each time: more can be put into it.
+    """
+    below = tuple(os.path.join(os.path.realpath(directory), "") for directory in hidden)
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.listdir", "os.scandir") or not isinstance(arguments[0], str):
+            return
+        path = os.path.realpath(arguments[0])
+        if path.startswith(below) and not any(
+            path == directory or path.startswith(os.path.join(directory, "")) for directory in shown
+        ):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), arguments[0])
+
+    shown[:] = [os.path.realpath(directory) for directory in [*shown, sys.prefix, sys.base_prefix]]
+    sys.addaudithook(refuse)
 
 
 def hide_all_else(own: str) -> None:

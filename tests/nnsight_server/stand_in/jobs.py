@@ -16,7 +16,7 @@ from typing import Any
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
 
-from .models import Held, RequestError, describe, run
+from .models import Held, describe, run, sources_of_one_request
 
 
 @dataclass
@@ -140,13 +140,12 @@ class Runner:
                 self.fail(job, f"Could not deploy this model. {job.request.model_key} is not served here.")
                 continue
             self.tell(job, Status.DISPATCHED, "Your job has been sent to the model.")
-            started = time.perf_counter()
             await self.run(job, held)
-            job.seconds = time.perf_counter() - started
 
     async def run(self, job: Job, held: Held) -> None:
         """Run a job in a thread of its own, for so long as a job may take."""
         self.tell(job, Status.RUNNING, "Your job has started running.")
+        started = time.perf_counter()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[tuple[bytes | None, str | None]] = loop.create_future()
 
@@ -156,12 +155,13 @@ class Runner:
 
         def work() -> None:
             result, error = None, None
-            try:
-                result = run(held, job.request, job.payload, self.trusted)
-            except (Exception, RequestError) as raised:
-                error = describe(raised)
-            except SystemExit:
-                error = "interrupted"
+            with sources_of_one_request():
+                try:
+                    result = run(held, job.request, job.payload, self.trusted)
+                except Exception as raised:
+                    error = describe(raised)
+                except SystemExit:
+                    error = "The job was stopped."
             loop.call_soon_threadsafe(finish, result, error)
 
         def log(line: str) -> None:
@@ -176,10 +176,13 @@ class Runner:
                 result, error = await asyncio.wait_for(asyncio.shield(done), self.seconds)
             except TimeoutError:
                 interrupt(thread.ident or 0)
+                # The next job has the model for itself, unless this one is in a long call that is not Python's.
+                await asyncio.wait({done}, timeout=10)
                 result, error = None, f"Your job exceeded the execution timeout of {self.seconds}s."
             out.flush()
             err.flush()
         await asyncio.sleep(0)  # the last lines first
+        job.seconds = time.perf_counter() - started
         if error is not None or result is None:
             self.fail(job, error or "The job gave no result.")
             return

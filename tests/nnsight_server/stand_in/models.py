@@ -113,23 +113,22 @@ def run(held: Held, request: RequestModel, payload: bytes, trusted: bool) -> byt
         RequestError: see `rebuild`.
         Exception: whatever the block raises.
     """
-    with sources_of_one_request():
-        try:
-            held.model._remoteable_set_env(request.env)
-            tracer = rebuild(held, payload, request.compress)
-            with autocast(held.dtype), contextlib.nullcontext() if trusted else without_weights(held.model):
-                inc()
-                try:
-                    tracer.execute(tracer.info.code)
-                    marked = _saves()
-                    saved = {n: v for n, v in tracer.info.frame.f_locals.items() if id(v) in marked}
-                finally:
-                    dec()
-            file = io.BytesIO()
-            torch.save(saved, file)
-        finally:
-            held.model.interleaver.cancel()
-            gc.collect()
+    try:
+        held.model._remoteable_set_env(request.env)
+        tracer = rebuild(held, payload, request.compress)
+        with autocast(held.dtype), contextlib.nullcontext() if trusted else without_weights(held.model):
+            inc()
+            try:
+                tracer.execute(tracer.info.code)
+                marked = _saves()
+                saved = {n: v for n, v in tracer.info.frame.f_locals.items() if id(v) in marked}
+            finally:
+                dec()
+        file = io.BytesIO()
+        torch.save(saved, file)
+    finally:
+        held.model.interleaver.cancel()
+        gc.collect()
     result = file.getvalue()
     return zstandard.ZstdCompressor(level=3).compress(result) if request.compress else result
 

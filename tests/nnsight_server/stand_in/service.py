@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import uuid
 from typing import Any
 
@@ -26,6 +27,7 @@ class Service:
         self.sockets: dict[str, Subscribe] = {}
         self.held: dict[str, Held] = {}
         self.states: dict[str, str] = {}
+        self.shown: list[str] = []
         self.environment = get_local_env()
         self.runner = Runner(self.held, self.publish, lambda job: f"{self.url}/results/{job.id}.pt", **limits)
 
@@ -35,6 +37,7 @@ class Service:
             self._writing = self.sockets[session_id].write_message(frame, binary=isinstance(frame, bytes))
 
     def add(self, repo_id: str, directory: str, dtype: str, state: str = "RUNNING") -> None:
+        self.shown.append(os.path.realpath(directory))
         held = hold(repo_id, directory, dtype)
         self.states[held.model_key] = state
         self.held[held.model_key] = held
