@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import linecache
@@ -128,7 +127,6 @@ def run(held: Held, request: RequestModel, payload: bytes, trusted: bool) -> byt
         torch.save(saved, file)
     finally:
         held.model.interleaver.cancel()
-        gc.collect()
     result = file.getvalue()
     return zstandard.ZstdCompressor(level=3).compress(result) if request.compress else result
 
