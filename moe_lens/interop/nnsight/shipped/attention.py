@@ -12,6 +12,8 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
+from moe_lens.interop.nnsight.shipped.weights import matrix_of
+
 
 def read_attention(attention: Any, facts: dict[str, Any], wanted: set[str]) -> dict[str, Tensor]:
     """The values of one attention layer, by their names in its block; some that are not wanted may be among them."""
@@ -34,9 +36,8 @@ def read_attention(attention: Any, facts: dict[str, Any], wanted: set[str]) -> d
         if scored:
             check_pattern(values["attn.hook_pattern"], values["attn.hook_v"], z, facts)
         if "attn.hook_result" in wanted:
-            weight = rearrange(
-                attention.o_proj.weight.detach(), "d_model (head d) -> head d d_model", head=facts["n_heads"]
-            )
+            weight = matrix_of(attention.o_proj, z).to(z.dtype)
+            weight = rearrange(weight, "d_model (head d) -> head d d_model", head=facts["n_heads"])
             with torch.autocast(z.device.type, enabled=False):
                 values["attn.hook_result"] = einsum(
                     z, weight, "b p head d, head d d_model -> b p head d_model"

@@ -6,7 +6,7 @@ lists. All five families have `lm.model`
 with its `embed_tokens`, `layers` and `norm`.
 
 What transformers keeps flat, `[batch x pos, ...]`, is given its two axes; slots are sorted by routing weight, heaviest
-first; each slot's expert output is computed again from what its layer's experts were given, in the model's precision.
+first; each slot's expert output is what the layer's own experts make of it alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from moe_lens.interop.nnsight.shipped.attention import read_attention
+from moe_lens.interop.nnsight.shipped.weights import expert_outputs, neurons_of
 
 
 def read_values(lm: Any, facts: dict[str, Any], wanted: list[str], shape: list[int]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def read_experts(mlp: Any, facts: dict[str, Any], wanted: set[str], shape: list[
         logits = mlp.gate.output[0].detach().reshape(*shape, -1)
         values["hook_router_logits"] = logits
         values["hook_expert_weights"] = logits.float().softmax(dim=-1)
-    of_slots = {"hook_expert_indices", "hook_routing_weights"} | SLOT_VALUES
+    of_slots = {"hook_expert_indices", "hook_routing_weights"} | OUTPUTS | NEURONS
     if wanted & of_slots:
         x, indices, weights = mlp.experts.inputs[0]
         found = slot_values(mlp.experts, x.detach(), indices, weights.detach(), wanted)
@@ -114,8 +114,8 @@ def read_experts(mlp: Any, facts: dict[str, Any], wanted: set[str], shape: list[
     return {name: value for name, value in values.items() if name in wanted}
 
 
-NEURONS = ("hook_expert_pre", "hook_expert_pre_linear", "hook_expert_post")
-SLOT_VALUES = {*NEURONS, "hook_expert_out", "hook_expert_contrib"}
+NEURONS = {"hook_expert_pre", "hook_expert_pre_linear", "hook_expert_post"}
+OUTPUTS = {"hook_expert_out", "hook_expert_contrib"}
 
 
 def slot_values(
@@ -125,39 +125,13 @@ def slot_values(
     order = weights.argsort(dim=-1, descending=True, stable=True)
     indices, weights = indices.gather(-1, order), weights.gather(-1, order)
     values = {"hook_expert_indices": indices, "hook_routing_weights": weights}
-    if wanted & SLOT_VALUES:
-        values.update(expert_outputs(experts, x, indices, wanted))
-        out = values["hook_expert_out"]
+    if wanted & OUTPUTS:
+        out = expert_outputs(experts, x, indices, weights)
+        values["hook_expert_out"] = out
         values["hook_expert_contrib"] = (weights[..., None] * out).to(out.dtype)
+    if wanted & NEURONS:
+        values.update(neurons_of(experts, x, indices))
     return {name: value for name, value in values.items() if name in wanted}
-
-
-def expert_outputs(experts: Any, x: Tensor, indices: Tensor, wanted: Any = ()) -> dict[str, Tensor]:
-    """E_i(x) of every slot, before the routing weight, `[token, k, d]`, and those of its neurons that are wanted."""
-    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    slots = rearrange(indices, "token k -> (token k)")
-    # Sorted by expert, so that each one's slots are read and written in one piece.
-    by_expert = slots.argsort(stable=True)
-    counts = slots.bincount(minlength=len(gate_up)).tolist()
-    made = {"hook_expert_out": []}
-    made.update({name: [] for name in NEURONS if name in wanted})
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        inputs = x[by_expert // indices.shape[1]].split(counts)
-        for expert in [expert for expert, count in enumerate(counts) if count]:
-            pre, pre_linear = (inputs[expert] @ gate_up[expert].T).chunk(2, dim=-1)
-            post = experts.act_fn(pre) * pre_linear
-            for name, value in zip(NEURONS, (pre, pre_linear, post), strict=True):
-                if name in made:
-                    made[name].append(value)
-            made["hook_expert_out"].append(post @ down[expert].T)
-    return {name: in_slots(torch.cat(pieces), by_expert, indices) for name, pieces in made.items()}
-
-
-def in_slots(by_expert_values: Tensor, by_expert: Tensor, indices: Tensor) -> Tensor:
-    """Values of slots that are sorted by expert, `[token x k, d]`, in their places `[token, k, d]`."""
-    values = torch.empty_like(by_expert_values)
-    values[by_expert] = by_expert_values
-    return values.reshape(*indices.shape, -1)
 
 
 def read_shared(mlp: Any, wanted: set[str], shape: list[int]) -> dict[str, Tensor]:
