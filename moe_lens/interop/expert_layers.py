@@ -10,6 +10,8 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 _ROUTER_NAMES = ("gate", "router")
+# Under which name a component of a TransformerBridge holds the module in whose place it stands.
+_WRAPPED = "_original_component"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,21 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     return [_layer(path, names[path], modules) for path in paths]
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself where a TransformerBridge has put a component in its place."""
+    while _WRAPPED in module._modules:
+        inner = module._modules[_WRAPPED]
+        assert inner is not None
+        module = inner
+    return module
+
+
 def _layer(path: str, name: str, modules: dict[str, nn.Module]) -> ExpertLayer:
     experts: Any = modules[path]
-    block = modules[path.rpartition(".")[0]]
-    routers = [child for key, child in block.named_children() if key in _ROUTER_NAMES]
+    # Where the experts stand, in a component's place or not.
+    place = path.removesuffix(f".{_WRAPPED}")
+    block = modules[place.rpartition(".")[0]]
+    routers = [unwrapped(child) for key, child in block.named_children() if key in _ROUTER_NAMES]
     if len(routers) != 1:
         raise ValueError(
             f"{path}: its router is sought beside it in {type(block).__name__}, under the name "

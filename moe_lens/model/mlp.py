@@ -30,6 +30,13 @@ class GatedMLP(nn.Module):
     def W_up(self) -> Float[Tensor, "d_mlp d_model"]:
         return self.W_gate_up.chunk(2)[1]
 
+    def project_in(
+        self, x: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Float[Tensor, "batch pos d_mlp"], Float[Tensor, "batch pos d_mlp"]]:
+        """x W_gate and x W_up."""
+        pre, pre_linear = F.linear(x, self.W_gate_up).chunk(2, dim=-1)
+        return pre, pre_linear
+
     def run(
         self,
         x: Float[Tensor, "batch pos d_model"],
@@ -37,7 +44,7 @@ class GatedMLP(nn.Module):
         hook_pre_linear: HookPoint,
         hook_post: HookPoint,
     ) -> Float[Tensor, "batch pos d_model"]:
-        pre, pre_linear = F.linear(x, self.W_gate_up).chunk(2, dim=-1)
+        pre, pre_linear = self.project_in(x)
         post = hook_post(self.act_fn(hook_pre(pre)) * hook_pre_linear(pre_linear))
         return post @ self.W_down
 
