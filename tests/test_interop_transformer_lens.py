@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moe_lens import HookedMoE
+from moe_lens.converters import UnsupportedCheckpoint
 from moe_lens.interop.bridge_cache import translated
 from moe_lens.interop.shared_weights import hooked_view
 from moe_lens.interop.transformer_lens import (
@@ -26,6 +27,7 @@ from moe_lens.interop.transformer_lens import (
 )
 from moe_lens.routing import attribution, logit_attribution
 from tests.families import FAMILIES, hf_model, prompts
+from tests.interop_types import inputs, tiny_model
 from tests.test_interop_shared_weights import storages
 from tests.test_interop_transformers import EDITS, POINTS, first_layer
 
@@ -349,15 +351,71 @@ def test_attached_twice(bridge_of: Any) -> None:
         assert state(bridge) == before
 
 
+def boot_of(model: Any, directory: Path) -> TransformerBridge:
+    """A bridge of a model in memory, with the tokenizer of some checkpoint."""
+    model.config.architectures = [type(model).__name__]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer, device="cpu")
+
+
 def test_without_experts(checkpoint: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint("olmoe"))
     sizes: Any = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     config = AutoConfig.for_model("llama", **sizes, num_key_value_heads=2, vocab_size=64)
-    model = AutoModelForCausalLM.from_config(config)
-    model.config.architectures = ["LlamaForCausalLM"]
-    bridge = TransformerBridge.boot_transformers("tiny", hf_model=model, device="cpu", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"llama .* has no experts: attach takes a Mixture-of-Experts model"):
-        attach(bridge).__enter__()
+    bridge = boot_of(AutoModelForCausalLM.from_config(config), checkpoint("olmoe"))
+    with (
+        pytest.raises(ValueError, match=r"llama .* has no experts: attach takes a Mixture-of-Experts model"),
+        attach(bridge),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "glm4_moe", "deepseek_v3", "jamba", "qwen3_next", "flex_olmo"])
+def test_other_families(checkpoint: Any, kind: str) -> None:
+    """Hook points on whatever both TransformerLens and the experts interface know: what reaches the stream from the
+    slots is the layer's output without shared experts, and an edit of the logits re-routes. Attributions need a family
+    that HookedMoE has."""
+    bridge, tokens = boot_of(tiny_model(kind), checkpoint("olmoe")), inputs(kind)["input_ids"]
+    with torch.no_grad(), attach(bridge):
+        out, seen = bridge.run_with_cache(tokens)
+        name = next(name for name in seen if name.endswith("mlp.hook_expert_contrib"))
+        weighted = (
+            seen[name.replace("contrib", "out")]
+            * seen[name.replace("expert_contrib", "routing_weights")][..., None]
+        )
+        assert close(seen[name], weighted)
+        if kind in ("gpt_oss", "jamba", "flex_olmo"):
+            assert close(seen[name].sum(dim=2), seen[name.replace("hook_expert_contrib", "hook_out")])
+        hook = (name.replace("expert_contrib", "router_logits"), lambda v, hook: v.flip(-1))
+        assert not torch.allclose(bridge.run_with_hooks(tokens, fwd_hooks=[hook]), out, atol=1e-3)
+    with pytest.raises(UnsupportedCheckpoint, match=f"no converter for model type '{kind}'"):
+        router_logit_attrs(bridge, seen, receiver=1)
+
+
+def test_experts_outside_the_bridges_mlp(checkpoint: Any) -> None:
+    """Gemma 4 has its experts beside the MLP that the bridge names so."""
+    bridge = boot_of(tiny_model("gemma4"), checkpoint("olmoe"))
+    before = state(bridge)
+    with (
+        pytest.raises(ValueError, match=r"no component blocks\.0\.mlp for the Gemma4TextDecoderLayer"),
+        attach(bridge),
+    ):
+        pass
+    assert state(bridge) == before
+
+
+def test_a_bridge_of_a_directory(checkpoint: Any, hooked: Any) -> None:
+    """As TransformerLens loads it by itself, with transformers' own choice of an experts implementation."""
+    bridge = TransformerBridge.boot_transformers(str(checkpoint("qwen3_moe")), device="cpu")
+    tokens, _ = prompts("none")
+    with torch.no_grad(), attach(bridge):
+        _, seen = bridge.run_with_cache(tokens)
+        _, ours = hooked("qwen3_moe").run_with_cache(tokens)
+    name = "blocks.1.mlp.hook_expert_contrib"
+    assert close(seen[name], ours[name])
+    got = logit_attrs(bridge, seen, WORD, OTHER, by="expert")
+    assert close(
+        got.values, logit_attribution.logit_attrs(hooked("qwen3_moe"), ours, WORD, OTHER, by="expert").values
+    )
 
 
 def test_not_a_bridge(hf: Any, hooked: Any) -> None:

@@ -1,2 +1,3 @@
 """The routing vocabulary on models that are held elsewhere: `moe_lens.interop.transformers` for any transformers MoE
-that uses transformers' experts interface."""
+that uses transformers' experts interface, `moe_lens.interop.transformer_lens` for a TransformerBridge of one, and
+`moe_lens.interop.shared_weights` for a HookedMoE on a transformers model's own memory."""

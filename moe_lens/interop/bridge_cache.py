@@ -43,9 +43,7 @@ class Reading(NamedTuple):
 
 def bridge_hooks(view: HookedMoE, names: Sequence[str]) -> list[str]:
     """The bridge's hooks that these of ours are read from. `view` has the bridge's weights."""
-    return list(
-        dict.fromkeys(hook for reading in (_reading(view, name) for name in names) for hook in reading.hooks)
-    )
+    return list(dict.fromkeys(hook for name in names for hook in _reading(view, name).hooks))
 
 
 def translated(
@@ -66,8 +64,8 @@ def translated(
 
     Raises:
         KeyError: the cache lacks some of the bridge's hooks, which are named.
-        ValueError: the cache is without its batch axis or of part of the positions where
-            a value is flattened over them.
+        ValueError: the cache is without its batch axis, or of part of the positions where a value is flattened over
+            them.
     """
     stored = cache.cache_dict if isinstance(cache, ActivationCache) else cache
     missing = [hook for hook in bridge_hooks(view, names) if hook not in stored]

@@ -40,8 +40,9 @@ def hooked_view(hf_model: PreTrainedModel, tokenizer: Any = None) -> HookedMoE:
     Its parameters are views of the model's: a change of the one in place is a change of the other. They are
     parameters of their own, with gradients apart from the model's, and they stay what they are when the model gets
     other tensors in their place (`to`, `load_state_dict(assign=True)`): make the view after that. Hooks and patched
-    forwards of the transformers model have no part in the view. Where dense layers or shared experts have their gate
-    and up weights apart, their products are two and not one, which may round otherwise than `from_pretrained`'s.
+    forwards of the transformers model have no part in the view. Dense layers and shared experts have gate and up
+    weights apart, so that their products are two and not one: those may round otherwise than `from_pretrained`'s, and
+    results' provenance tells the two models apart.
 
     Args:
         hf_model: of a family that has a converter, as transformers 5 makes it; also on the `meta` device, for the
