@@ -38,6 +38,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/contributions.py
 	$(BIN)/python benchmarks/census.py
 	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python benchmarks/interop.py
 
 # torch first and pinned, so that nothing pulls another build of it.
 $(VENV)/installed: pyproject.toml constraints.txt
