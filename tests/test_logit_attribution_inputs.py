@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens import ActivationCache
 
-from moe_lens.routing import logit_attribution
+from moe_lens.routing import attribution
 from moe_lens.routing.logit_attribution import logit_attribution_hooks, logit_attrs
 from moe_lens.routing.senders import GRANULARITIES
 from tests.families import FAMILIES, VOCABULARY, prompts
@@ -168,9 +168,9 @@ def test_too_many_scores_say_what_to_do(model_of: Load, monkeypatch: pytest.Monk
     model, batch = model_of("olmoe"), prompts()
     cache = final_run(model, batch, "neuron")
     n_scores = 2 * 9 * (1 + 3 + 3 * 8 * 32)
-    monkeypatch.setattr(logit_attribution, "DENSE_LIMIT", n_scores)
+    monkeypatch.setattr(attribution, "DENSE_LIMIT", n_scores)
     assert logit_attrs(model, cache, 7, by="neuron").values.numel() == n_scores
-    monkeypatch.setattr(logit_attribution, "DENSE_LIMIT", n_scores - 1)
+    monkeypatch.setattr(attribution, "DENSE_LIMIT", n_scores - 1)
     with pytest.raises(
         ValueError, match=rf"by='neuron' makes {n_scores:,} .*fewer positions=, or by a coarser"
     ):

@@ -130,12 +130,12 @@ def router_logit_attrs(
     )
     senders = senders_before(model.cfg, receiver, by, n_sources=resid_mid.shape[1])
     n_scores = len(senders) * resid_mid.shape[0] * resid_mid.shape[1] * model.cfg.n_experts
-    if n_scores > DENSE_LIMIT:
-        raise ValueError(
-            f"by={by!r} makes {n_scores:,} scores here, over the {DENSE_LIMIT:,} that are held at once; "
-            f"routing_contributions(model, tokens, by={by!r}) measures them as a stream, and explain(...) takes "
-            f"one token's decision apart"
-        )
+    check_dense(
+        n_scores,
+        by,
+        f"routing_contributions(model, tokens, by={by!r}) measures them as a stream, and explain(...) takes one "
+        f"token's decision apart",
+    )
     values = group_values(model, cache, senders, resid_mid.shape[:2])
 
     readout = router_readout(model, receiver)
@@ -190,6 +190,23 @@ def scores_with_rounding(
     summed = stream_sum(model, senders, values, stream.dtype)
     scores.append(of_vector(summed.rounding(stream))[None])
     return torch.cat(scores), with_rounding(senders), summed.rounding_ratio(stream)
+
+
+def check_dense(n_scores: int, by: str, instead: str) -> None:
+    """See that so many scores can be held at once.
+
+    Args:
+        n_scores: how many are to be made.
+        by: the granularity.
+        instead: what to do otherwise, for the error.
+
+    Raises:
+        ValueError: more than `DENSE_LIMIT`.
+    """
+    if n_scores > DENSE_LIMIT:
+        raise ValueError(
+            f"by={by!r} makes {n_scores:,} scores here, over the {DENSE_LIMIT:,} that are held at once; {instead}"
+        )
 
 
 def require_finite(tensor: Float[Tensor, "*shape"], name: str) -> None:

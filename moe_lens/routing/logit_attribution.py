@@ -27,8 +27,8 @@ from transformer_lens import ActivationCache
 
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.attribution import (
-    DENSE_LIMIT,
     cached,
+    check_dense,
     group_values,
     require_finite,
     scores_with_rounding,
@@ -45,6 +45,9 @@ Positions = int | slice | Sequence[int] | Int[Tensor, "*shape"]
 
 LOGIT_HOOKS = "logit_attribution_hooks(model, by=...)"
 """What errors name where a cache lacks what an attribution needs."""
+
+FEWER = "ask for fewer positions=, or by a coarser granularity"
+"""What to do where there would be too many scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +163,7 @@ def logit_attrs(
     if incorrect_tokens is not None:
         incorrect = token_ids(model, incorrect_tokens, columns.shape, "incorrect_tokens")
     n_scores = len(senders) * columns.numel()
-    if n_scores > DENSE_LIMIT:
-        raise ValueError(
-            f"by={by!r} makes {n_scores:,} scores here, over the {DENSE_LIMIT:,} that are held at once; ask for "
-            f"fewer positions=, or by a coarser granularity"
-        )
+    check_dense(n_scores, by, FEWER)
 
     values = group_values(model, cache, senders, (n_batch, n_columns), listed_by=LOGIT_HOOKS)
     if positions is not None:
@@ -186,7 +185,6 @@ def logit_attrs(
     by_model = logits_as_rounded(model, normalized, correct)
     if incorrect is not None:
         by_model = by_model - logits_as_rounded(model, normalized, incorrect)
-    error, size = (sent.sum(dim=0) - logits).abs().max(), torch.stack((logits.abs().max(), sent.abs().max()))
     return LogitAttrs(
         values=sent,
         senders=senders,
@@ -194,12 +192,21 @@ def logit_attrs(
         tokens=correct,
         incorrect_tokens=incorrect,
         positions=columns,
-        # Where no sender writes anything along the directions, there is nothing to be off.
-        completeness_error=float(error / size.max()) if bool(size.any()) else 0.0,
+        completeness_error=sum_error(sent, logits),
         rounding_ratio=rounding_ratio,
         model_logit_difference=float((logits - by_model).abs().max()),
         by=by,
     )
+
+
+def sum_error(values: Float[Tensor, " sender *place"], logits: Float[Tensor, "*place"]) -> float:
+    """`LogitAttrs.completeness_error`: of the senders' sum, beside the largest score or logit."""
+    error, size = (
+        (values.sum(dim=0) - logits).abs().max(),
+        torch.stack((logits.abs().max(), values.abs().max())),
+    )
+    # Where no sender writes anything along the directions, there is nothing to be off.
+    return float(error / size.max()) if bool(size.any()) else 0.0
 
 
 def final_hooks(model: HookedMoE) -> list[str]:
