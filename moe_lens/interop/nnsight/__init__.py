@@ -16,10 +16,20 @@ from typing import Any
 
 from nnsight.modeling.transformers import TransformersModel
 
+from moe_lens.interop.nnsight.attribution import (
+    logit_attrs,
+    logit_attrs_analysis,
+    router_logit_attrs,
+    router_logit_attrs_analysis,
+)
 from moe_lens.interop.nnsight.cache import cache_analysis, routing_cache
 from moe_lens.interop.nnsight.jobs import Analysis, Plan, Remote, Traffic, plan_of, traffic
 
-_PREPARED: dict[Callable[..., Any], Callable[..., Analysis[Any]]] = {routing_cache: cache_analysis}
+_PREPARED: dict[Callable[..., Any], Callable[..., Analysis[Any]]] = {
+    routing_cache: cache_analysis,
+    router_logit_attrs: router_logit_attrs_analysis,
+    logit_attrs: logit_attrs_analysis,
+}
 
 
 def plan(
@@ -45,4 +55,4 @@ def plan(
     return plan_of(lm, _PREPARED[function](lm, *args, **settings), remote)
 
 
-__all__ = ["Plan", "Traffic", "plan", "routing_cache", "traffic"]
+__all__ = ["Plan", "Traffic", "logit_attrs", "plan", "router_logit_attrs", "routing_cache", "traffic"]
