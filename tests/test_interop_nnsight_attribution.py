@@ -19,6 +19,7 @@ from moe_lens.routing import LogitAttrs, RouterLogitAttrs, attribution
 from moe_lens.routing.senders import GRANULARITIES, ROUNDING
 from tests.families import FAMILIES, VOCABULARY, prompts
 from tests.nnsight_cases import lazy_model, traced_model
+from tests.nnsight_server import Server, client
 from tests.reference import assert_same
 from tests.routing_cases import VARIANTS, cached_run, final_run, targets
 
@@ -341,3 +342,45 @@ def test_plan_counts_what_comes_back(
             assert counted.bytes_up == planned.bytes_up
             assert (planned.analysis, planned.jobs, planned.passes) == (function.__name__, 1, 1)
             assert counted.jobs == 1
+
+
+# ---- on a server ----
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_on_a_server(
+    nnsight_server: Server, checkpoint: Callable[[str], Path], model_of: Load, variant: str
+) -> None:
+    """Each analysis is one job of a client without weights, and only scores come down."""
+    model, lm, batch = model_of(variant), client(checkpoint(variant)), prompts("left", length=6)
+    real, receiver, jobs = batch[1].bool(), model.cfg.moe_layers[-1], len(nnsight_server.jobs())
+    for by in GRANULARITIES:
+        with traffic() as counted:
+            ours = router_logit_attrs(
+                lm, batch[0], receiver=receiver, by=by, attention_mask=batch[1], remote=True
+            )
+            of_logits = logit_attrs(lm, batch[0], 7, 9, by=by, attention_mask=batch[1], remote=True)
+        cache = cached_run(model, batch, by)
+        assert_same_attrs(ours, on_caches.router_logit_attrs(model, cache, receiver=receiver, by=by), real)
+        expected = on_caches.logit_attrs(model, final_run(model, batch, by), 7, 9, by=by)
+        assert_same_attrs(of_logits, expected, real)
+        assert counted.jobs == 2
+        assert 0 < counted.bytes_down < 4 * (ours.values.numel() + of_logits.values.numel()) + 8192
+    assert len(nnsight_server.jobs()) == jobs + 2 * len(GRANULARITIES)
+    assert next(iter(lm._module.parameters())).is_meta
+
+
+def test_on_a_server_in_half_precision(nnsight_server: Server, checkpoint: Callable[[str], Path]) -> None:
+    """Which runs it under autocast."""
+    nnsight_server.add("olmoe_bf16", checkpoint("olmoe_bf16"), torch.bfloat16)
+    lm, (tokens, _) = client(checkpoint("olmoe_bf16")), prompts()
+    for by in GRANULARITIES:
+        found: list[Attrs] = [
+            router_logit_attrs(lm, tokens, receiver=2, by=by, remote=True),
+            logit_attrs(lm, tokens, 7, by=by, remote=True),
+        ]
+        for attrs in found:
+            assert attrs.senders[-1] == ROUNDING
+            assert attrs.completeness_error <= 1e-5
+            assert attrs.rounding_ratio is not None
+            assert 0 < attrs.rounding_ratio <= 1

@@ -62,7 +62,7 @@ def router_logit_attrs_analysis(
         function=router_scores,
         arguments={
             "facts": _facts(structure, by, mask),
-            "groups": _plain(structure, senders),
+            "groups": plain_groups(structure, senders),
             "receiver": receiver,
             "shape": list(tokens.shape),
         },
@@ -170,7 +170,7 @@ def logit_attrs_analysis(
         function=token_scores,
         arguments={
             "facts": _facts(structure, by, mask),
-            "groups": _plain(structure, senders),
+            "groups": plain_groups(structure, senders),
             "columns": columns.tolist(),
             "tokens": correct.tolist(),
             "incorrect": None if incorrect is None else incorrect.tolist(),
@@ -265,7 +265,7 @@ def _facts(structure: HookedMoE, by: str, mask: Bool[Tensor, "batch pos"]) -> di
     return {**facts, **attention_facts(structure.cfg, mask)} if by == "source" else facts
 
 
-def _plain(structure: HookedMoE, senders: Senders) -> list[dict[str, Any]]:
+def plain_groups(structure: HookedMoE, senders: Senders) -> list[dict[str, Any]]:
     """The groups of senders as shipped functions take them."""
     return [
         {
