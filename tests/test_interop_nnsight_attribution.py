@@ -10,6 +10,7 @@ from typing import Any
 import nnsight
 import pytest
 import torch
+from nnsight.intervention.backends.remote import RemoteError
 from torch import Tensor
 
 from moe_lens import HookedMoE
@@ -157,7 +158,7 @@ def test_the_forward_pass_ends_at_the_router(traced: Load) -> None:
     handles = [
         module.register_forward_hook(lambda module, args, out, name=name: ran.append(name))
         for i, layer in enumerate(layers)
-        for name, module in ((f"A{i}", layer.self_attn), (f"M{i}", layer.mlp.experts))
+        for name, module in ((f"A{i}", layer.self_attn), (f"M{i}", layer.mlp))
     ]
     try:
         router_logit_attrs(lm, tokens, receiver=1, by="expert")
@@ -235,7 +236,7 @@ def test_autocast_does_not_reach_the_scores(traced: Load, traced_half: Load, by:
 def test_a_part_that_is_not_the_model_s_is_missed(checkpoint: Callable[[str], Path], by: str) -> None:
     """A model that writes something else than its weights and values say: sums do not close in float32, and in half
     precision rounding is more than it can be."""
-    point = "self_attn.o_proj" if by == "head" else "mlp.experts"
+    point = "self_attn.o_proj" if by == "head" else "mlp"
     for dtype in (torch.float32, torch.bfloat16):
         lm: Any = traced_model(checkpoint("olmoe"), dtype)
         lm._module.model.layers[1].get_submodule(point).register_forward_hook(
@@ -368,6 +369,28 @@ def test_on_a_server(
         assert 0 < counted.bytes_down < 4 * (ours.values.numel() + of_logits.values.numel()) + 8192
     assert len(nnsight_server.jobs()) == jobs + 2 * len(GRANULARITIES)
     assert next(iter(lm._module.parameters())).is_meta
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_on_a_server_without_weights_at_hand(
+    nnsight_server: Server, checkpoint: Callable[[str], Path], model_of: Load, variant: str
+) -> None:
+    """A key that is not trusted reaches modules, not weights: the same scores, and an error for neurons."""
+    model, lm, batch = model_of(variant), client(checkpoint(variant)), prompts("left", length=6)
+    real, receiver = batch[1].bool(), model.cfg.moe_layers[-1]
+    with nnsight_server.limits(trusted=False):
+        for by in ("layer", "head", "source", "expert"):
+            cache = cached_run(model, batch, by)
+            ours = router_logit_attrs(
+                lm, batch[0], receiver=receiver, by=by, attention_mask=batch[1], remote=True
+            )
+            expected = on_caches.router_logit_attrs(model, cache, receiver=receiver, by=by)
+            assert_same_attrs(ours, expected, real)
+            of_logits = logit_attrs(lm, batch[0], 7, 9, by=by, attention_mask=batch[1], remote=True)
+            expected = on_caches.logit_attrs(model, final_run(model, batch, by), 7, 9, by=by)
+            assert_same_attrs(of_logits, expected, real)
+        with pytest.raises(RemoteError, match="this key reaches none"):
+            logit_attrs(lm, batch[0], 7, by="neuron", remote=True)
 
 
 def test_on_a_server_in_half_precision(nnsight_server: Server, checkpoint: Callable[[str], Path]) -> None:

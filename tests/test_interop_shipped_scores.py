@@ -36,16 +36,17 @@ def test_formulas_are_those_of_the_analyses(
     batch, facts = prompts(length=6), facts_of(model.cfg)
     directions = logit_directions(model, *targets(batch))
     readout = router_readout(model, model.cfg.moe_layers[-1])
-    roundoff = shipped.unit_roundoff(lm)
+    roundoff = shipped.unit_roundoff(torch.zeros(1, dtype=dtype))
     assert roundoff == (None if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
     for by in GRANULARITIES:
         cache, senders = final_run(model, batch, by), senders_of_all(model.cfg, by, n_sources=6)
         stream = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-        on_rows, written = [], None
+        on_rows: list[torch.Tensor] = []
+        written: Any = None
         for group, plain in zip(senders.groups, plain_groups(model, senders), strict=True):
             values = {name.rpartition(".")[2]: cache[name] for name in plain["hooks"]}
             values["written"] = cache[plain["written_at"]]
-            weights, n_experts = shipped.weights_of(lm, facts, plain), facts["n_experts"]
+            weights, n_experts = shipped.weights_of(lm, facts, plain, values), facts["n_experts"]
             on_rows.append(shipped.group_on_rows(plain, values, weights, readout, n_experts))
             expected = sender_scores(model, group, cache, readout)
             assert_same(on_rows[-1], expected, f"{group} on rows", tolerance=2e-6)

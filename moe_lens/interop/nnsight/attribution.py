@@ -273,7 +273,6 @@ def plain_groups(structure: HookedMoE, senders: Senders) -> list[dict[str, Any]]
             "kind": group.kind,
             "written_at": group.written_at,
             "hooks": sender_hooks(structure, Senders([group])),
-            "bias": group.kind in ("heads", "sources") and len(group.names) > 1,
         }
         for group in senders.groups
     ]

@@ -6,9 +6,9 @@ where they lie, and only scores are kept. The formulas are those of `moe_lens.ro
 tokens, as a router does), `moe_lens.routing.token_scores` (every token has a direction of its own, as a logit does) and
 `moe_lens.routing.rounding`; tests hold each against them.
 
-A *group* is a `moe_lens.routing.senders.SenderGroup` as plain values: `layer`, `kind`, `written_at`, `hooks` (the hook
-points that are read, `written_at` among them), and `bias`, whether its last sender is attention's output bias. Its
-*values* are by the last part of their names (`hook_z`), its *weights* by the names that HookedMoE gives them.
+A *group* is a `moe_lens.routing.senders.SenderGroup` as plain values: `layer`, `kind`, `written_at`, and `hooks`, the
+hook points that are read, `written_at` among them. Its *values* are by the last part of their names (`hook_z`), its
+*weights* by the names that HookedMoE gives them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from moe_lens.interop.nnsight.shipped.values import read_values
+from moe_lens.interop.nnsight.shipped.weights import bias_of, gain_of, matrix_of, readout_of
 
 # ---- what is asked for ----
 
@@ -41,9 +42,9 @@ def router_scores(
         expert]`; `model_logit_difference` `[batch, pos]`, the largest over experts; and where something rounds
         `rounding_ratio` `[batch, pos]`, the largest over coordinates.
     """
-    layer = lm.model.layers[receiver]
-    readout = with_gain(layer.mlp.gate.weight, layer.post_attention_layernorm.weight)
-    scores, written = read_senders(lm, facts, groups, shape, None, readout)
+    embed = read_values(lm, facts, ["hook_embed"], shape)["hook_embed"]
+    readout = readout_of(lm.model.layers[receiver], facts["eps"], embed)
+    scores, written = read_senders(lm, facts, groups, shape, embed, None, readout)
 
     prefix = f"blocks.{receiver}."
     names = ["hook_resid_mid", "ln2.hook_scale", "mlp.hook_router_logits"]
@@ -76,15 +77,12 @@ def token_scores(
     Returns:
         As `router_scores`, at the positions asked for and without the axis of experts.
     """
-    norm, unembed = lm.model.norm, lm.lm_head.weight.detach()
-    rows = unembed[torch.tensor(tokens, device=unembed.device)].float()
-    if incorrect is not None:
-        subtracted = unembed[torch.tensor(incorrect, device=unembed.device)].float()
-        directions = with_gain(rows - subtracted, norm.weight)
-    else:
-        subtracted = None
-        directions = with_gain(rows, norm.weight)
-    scores, written = read_senders(lm, facts, groups, shape, columns, directions)
+    norm, embed = lm.model.norm, read_values(lm, facts, ["hook_embed"], shape)["hook_embed"]
+    rows = rows_of(lm.lm_head, tokens, embed)
+    subtracted = None if incorrect is None else rows_of(lm.lm_head, incorrect, embed)
+    gain = gain_of(norm, facts["eps"], embed)
+    directions = gain * (rows if subtracted is None else rows - subtracted)
+    scores, written = read_senders(lm, facts, groups, shape, embed, columns, directions)
 
     names = [f"blocks.{facts['n_layers'] - 1}.hook_resid_post", "ln_final.hook_scale"]
     found = read_values(lm, facts, names, shape)
@@ -94,9 +92,10 @@ def token_scores(
         scores, ratio = with_rounding(scores, written, stream, directions)
         scale = scale[..., 0]
         logits = score_along(stream, directions) / scale
-        by_model = score_along(normed, rows).to(unembed.dtype).float()
+        dtype = lm.lm_head.weight.dtype
+        by_model = score_along(normed, rows).to(dtype).float()
         if subtracted is not None:
-            by_model = by_model - score_along(normed, subtracted).to(unembed.dtype).float()
+            by_model = by_model - score_along(normed, subtracted).to(dtype).float()
         difference = (logits - by_model.to(logits.device)).abs()
         return {"values": scores / scale, "logits": logits, "model_logit_difference": difference, **ratio}
 
@@ -109,21 +108,24 @@ def read_senders(
     facts: dict[str, Any],
     groups: list[dict[str, Any]],
     shape: list[int],
+    embed: Tensor,
     columns: list[list[int]] | None,
     read: Tensor,
 ) -> tuple[list[Tensor], dict[str, Any] | None]:
     """The scores of every group, not yet divided by a scale, and, where something rounds, what they have written.
 
     Args:
+        embed: the embedding, which has been read already: the first sender.
         columns: of each row, the positions that are scored; None: all.
         read: rows `[row, d_model]` that read every token, or directions `[batch, pos, d_model]`, in float32.
     """
-    roundoff, scores, written = unit_roundoff(lm), [], None
+    roundoff, scores, written = unit_roundoff(embed), [], None
     for group in groups:
-        found = read_values(lm, facts, group["hooks"], shape)
+        first = group["layer"] is None
+        found = {"hook_embed": embed} if first else read_values(lm, facts, group["hooks"], shape)
         values = {name.rpartition(".")[2]: at_columns(value, columns, name) for name, value in found.items()}
         values["written"] = at_columns(found[group["written_at"]], columns)
-        weights, device = weights_of(lm, facts, group), values["written"].device
+        weights, device = weights_of(lm, facts, group, values), values["written"].device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             scored = group_on_rows if read.ndim == 2 else group_along
             scores.append(scored(group, values, weights, read.to(device), facts["n_experts"]))
@@ -132,23 +134,33 @@ def read_senders(
     return scores, written
 
 
-def weights_of(lm: Any, facts: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
+def weights_of(
+    lm: Any, facts: dict[str, Any], group: dict[str, Any], values: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The weights with which a group's senders write: an expert's or a neuron's, `[..., d_model, neuron]`."""
     kind = group["kind"]
     if kind in ("whole", "experts"):
         return {}
-    layer = lm.model.layers[group["layer"]]
+    layer, like = lm.model.layers[group["layer"]], values["written"]
     if kind in ("heads", "sources"):
         out = layer.self_attn.o_proj
-        weight = rearrange(out.weight.detach(), "d_model (head d) -> head d d_model", head=facts["n_heads"])
-        return {"W_O": weight, "b_O": out.bias.detach()} if group["bias"] else {"W_O": weight}
+        weight = rearrange(matrix_of(out, like), "d_model (head d) -> head d d_model", head=facts["n_heads"])
+        bias = bias_of(out, like)
+        return {"W_O": weight} if bias is None else {"W_O": weight, "b_O": bias}
     if kind == "dense neurons":
-        return {"W_down": layer.mlp.down_proj.weight.detach()}
+        return {"W_down": matrix_of(layer.mlp.down_proj, like)}
+    # Where the experts' weights are not at hand, their neurons were not either, and that has raised.
     weights = {"W_down": layer.mlp.experts.down_proj.detach()}
     if facts["shared"] is not None:
         shared = layer.mlp.shared_expert if facts["shared"]["gated"] else layer.mlp.shared_experts
-        weights["shared_W_down"] = shared.down_proj.weight.detach()
+        weights["shared_W_down"] = matrix_of(shared.down_proj, like)
     return weights
+
+
+def rows_of(unembed: Any, tokens: list[list[int]], like: Tensor) -> Tensor:
+    """The unembedding's rows of tokens, in float32 on the device of `like`."""
+    weight = matrix_of(unembed, like) if unembed.weight.is_meta else unembed.weight.detach()
+    return weight[torch.tensor(tokens, device=weight.device)].to(like.device).float()
 
 
 def head_values(values: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
@@ -187,12 +199,6 @@ def at_columns(value: Tensor, columns: list[list[int]] | None, name: str = "") -
 
 
 # ---- scores, in float32 and not yet divided by a scale ----
-
-
-def with_gain(weight: Tensor, gain: Tensor) -> Tensor:
-    """Rows that read the normalised stream, so that they read the stream before the norm's gain."""
-    with torch.no_grad():
-        return weight.detach().float() * gain.detach().float().to(weight.device)
 
 
 def score_on_rows(vectors: Tensor, readout: Tensor) -> Tensor:
@@ -303,13 +309,12 @@ def neurons_along(neurons: Tensor, columns: Tensor, directions: Tensor) -> Tenso
 # ---- rounding: `StreamSum` and `written_by`, as plain functions ----
 
 
-def unit_roundoff(lm: Any) -> float | None:
-    """The coarsest rounding of the stream and of what is added to it: of the model's dtype, or of that to which a
-    server's autocast takes products; None where all is single precision."""
-    weight = lm.model.embed_tokens.weight
-    dtypes = [weight.dtype]
-    if torch.is_autocast_enabled(weight.device.type):
-        dtypes.append(torch.get_autocast_dtype(weight.device.type))
+def unit_roundoff(embed: Tensor) -> float | None:
+    """The coarsest rounding of the stream, which begins with the embedding, and of what is added to it, which a
+    server's autocast may round; None where all is single precision."""
+    dtypes = [embed.dtype]
+    if torch.is_autocast_enabled(embed.device.type):
+        dtypes.append(torch.get_autocast_dtype(embed.device.type))
     half = [torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
     return max(half) if half else None
 
