@@ -61,8 +61,11 @@ class Change:
         if self.reference is None:
             return
         of, cfg = self.reference.provenance, model.cfg
-        same_dtype = of["dtype"] == str(cfg.dtype).removeprefix("torch.")
-        if of["model"] != cfg.model_name or (same_dtype and of["weights"] != weights_fingerprint(model)):
+        # Where the weights are elsewhere (`moe_lens.interop.nnsight`), their name has to do.
+        comparable = of["dtype"] == str(cfg.dtype).removeprefix("torch.") and not any(
+            parameter.is_meta for parameter in model.parameters()
+        )
+        if of["model"] != cfg.model_name or (comparable and of["weights"] != weights_fingerprint(model)):
             raise ValueError(
                 f"the reference is of other weights ({of['model']}, {of['dtype']}) than this model's "
                 f"({cfg.model_name}); make one with expert_reference(model, batches)"

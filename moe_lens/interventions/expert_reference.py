@@ -111,6 +111,27 @@ class ExpertReference:
         Raises:
             ValueError: the layer was not gathered, or has no such expert, or there is no sample of another prefix.
         """
+        rows, draws = self._rows(layer, experts), self.draws(layer, experts, prefixes, seed)
+        if bool((draws < 0).any()):
+            row = int(rows[draws < 0].flatten()[0])
+            raise ValueError(
+                f"{self._name(layer, row)} has no output in the reference at another prefix than the token's own, so "
+                f"there is none to put in its place; gather the reference over more text"
+            )
+        return self.samples[layer][rows, draws].to(experts.device, torch.float32)
+
+    def draws(
+        self, layer: int, experts: Int[Tensor, "*place"], prefixes: Int[Tensor, "*place"], seed: int
+    ) -> Int[Tensor, "*place"]:
+        """Which of an expert's samples `resampled_output` takes at every place, on the reference's device; -1 where
+        there is none of another prefix.
+
+        Args:
+            experts, prefixes: as for `resampled_output`.
+
+        Raises:
+            ValueError: the layer was not gathered, or has no such expert, or it was never active.
+        """
         if prefixes.shape != experts.shape:
             raise ValueError(
                 f"there must be a prefix for every expert: {tuple(prefixes.shape)} for {tuple(experts.shape)}"
@@ -122,15 +143,9 @@ class ExpertReference:
         is_own = (there[rows] == prefixes[..., None]) & in_use
         # Samples are of distinct prefixes, so at most one of them is the place's own.
         n_other = n_samples - is_own.sum(dim=-1)
-        if bool((n_other == 0).any()):
-            row = int(rows[n_other == 0].flatten()[0])
-            raise ValueError(
-                f"{self._name(layer, row)} has no output in the reference at another prefix than the token's own, so "
-                f"there is none to put in its place; gather the reference over more text"
-            )
-        draw = hash_of(FOR_DRAW, operator.index(seed), layer, rows, prefixes) % n_other
+        draw = hash_of(FOR_DRAW, operator.index(seed), layer, rows, prefixes) % n_other.clamp(min=1)
         draw = draw + (is_own.any(dim=-1) & (draw >= is_own.long().argmax(dim=-1)))
-        return self.samples[layer][rows, draw].to(experts.device, torch.float32)
+        return draw.masked_fill(n_other == 0, -1)
 
     @cached_property
     def fingerprint(self) -> str:

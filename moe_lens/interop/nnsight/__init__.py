@@ -16,6 +16,7 @@ from typing import Any
 
 from nnsight.modeling.transformers import TransformersModel
 
+from moe_lens.interop.nnsight.ablation import AblationResults, ablate, ablate_analysis
 from moe_lens.interop.nnsight.attribution import (
     logit_attrs,
     logit_attrs_analysis,
@@ -29,6 +30,7 @@ _PREPARED: dict[Callable[..., Any], Callable[..., Analysis[Any]]] = {
     routing_cache: cache_analysis,
     router_logit_attrs: router_logit_attrs_analysis,
     logit_attrs: logit_attrs_analysis,
+    ablate: ablate_analysis,
 }
 
 
@@ -55,4 +57,14 @@ def plan(
     return plan_of(lm, _PREPARED[function](lm, *args, **settings), remote)
 
 
-__all__ = ["Plan", "Traffic", "logit_attrs", "plan", "router_logit_attrs", "routing_cache", "traffic"]
+__all__ = [
+    "AblationResults",
+    "Plan",
+    "Traffic",
+    "ablate",
+    "logit_attrs",
+    "plan",
+    "router_logit_attrs",
+    "routing_cache",
+    "traffic",
+]
