@@ -34,6 +34,7 @@ from moe_lens.interventions.branches import HOWS
 from tests.families import FAMILIES, prompts
 from tests.intervention_cases import MASK, POSITIONS, reference_of
 from tests.nnsight_cases import lazy_model, traced_model
+from tests.nnsight_server import client
 from tests.reference import assert_same
 
 Load = Callable[[str], Any]
@@ -74,9 +75,11 @@ def lines_of(receipt: Any) -> dict[Any, Any]:
     return {key: (line.asked, line.fired) for key, line in receipt.lines.items()}
 
 
-def assert_as_hooked_moe(lm: Any, model: Any, tokens: Tensor, mask: Tensor, items: list[Any]) -> Any:
+def assert_as_hooked_moe(
+    lm: Any, model: Any, tokens: Tensor, mask: Tensor, items: list[Any], remote: Any = False
+) -> Any:
     """Every loss to 1e-5 of the largest, NaN at the same places; every receipt to the unit."""
-    found = ablate(lm, tokens, items, attention_mask=mask)
+    found = ablate(lm, tokens, items, attention_mask=mask, remote=remote)
     for number, item in enumerate(items):
         loss, receipt = expected_loss(model, tokens, mask, item)
         ours = found.losses[number]
@@ -143,7 +146,8 @@ def test_ablations_equal_hooked_moe(
 ) -> None:
     tokens, mask = prompts(padding)
     model = model_of(variant)
-    items = [item for how in HOWS for item in ablations(model, tokens, mask, how, reference(variant))]
+    hows = {"none": HOWS[:2], "left": HOWS, "right": HOWS[2:]}[padding]
+    items = [item for how in hows for item in ablations(model, tokens, mask, how, reference(variant))]
     found = assert_as_hooked_moe(traced(variant), model, tokens, mask, items)
     assert (found.effects.nan_to_num().abs().amax(dim=(1, 2)) > 1e-4).all()
 
@@ -282,11 +286,13 @@ def test_frame_of_losses(traced: Load) -> None:
 # --- errors -------------------------------------------------------------------------------------------------
 
 
-def assert_same_refusal(lm: Any, model: Any, tokens: Tensor, mask: Tensor, item: Any) -> Exception:
+def assert_same_refusal(
+    lm: Any, model: Any, tokens: Tensor, mask: Tensor, item: Any, remote: Any = False
+) -> Exception:
     with pytest.raises((ValueError, TypeError, UnfiredIntervention)) as theirs:
         expected_loss(model, tokens, mask, item)
     with pytest.raises(type(theirs.value)) as ours:
-        ablate(lm, tokens, [Ablate(ranks=1), item], attention_mask=mask)
+        ablate(lm, tokens, [Ablate(ranks=1), item], attention_mask=mask, remote=remote)
     assert str(ours.value) == str(theirs.value)
     assert ours.value.__notes__ == [
         f"ablation 1: {', '.join(map(str, item if isinstance(item, list) else [item]))}"
@@ -618,3 +624,43 @@ def test_under_autocast(traced: Load, model_of: Load, reference: Load) -> None:
     assert found.losses.dtype == torch.float32
     assert (found.losses - plain.losses).nan_to_num().abs().median() < 0.05
     assert model.cfg.moe_layers[-1] == 2
+
+
+# --- through a server ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_through_a_server(
+    nnsight_server: Any,
+    checkpoint: Callable[[str], Path],
+    model_of: Load,
+    reference: Load,
+    variant: str,
+    trusted: bool,
+) -> None:
+    """A process without this package, one job; nothing of it reads a parameter."""
+    lm, model = client(checkpoint(variant)), model_of(variant)
+    tokens, mask = prompts("left")
+    items = [item for how in HOWS for item in ablations(model, tokens, mask, how, reference(variant))]
+    items += [ForceExperts(5, layers=model.cfg.moe_layers[0]), SwapRanks(1, -1), TopK(1)]
+    before = len(nnsight_server.jobs())
+    with nnsight_server.limits(trusted=trusted), traffic() as sent:
+        assert_as_hooked_moe(lm, model, tokens, mask, items, remote=nnsight_server.url)
+    assert sent.jobs == len(nnsight_server.jobs()) - before == 1
+    assert next(iter(lm._module.parameters())).is_meta
+
+
+def test_refused_through_a_server(
+    nnsight_server: Any, checkpoint: Callable[[str], Path], model_of: Load
+) -> None:
+    """What only the run shows is told in HookedMoE's words there too."""
+    lm, model = client(checkpoint("olmoe")), model_of("olmoe")
+    tokens, mask = prompts("left")
+    there = active_at(model, tokens, mask, 1, (0, 4))
+    absent = next(expert for expert in range(8) if expert not in there)
+    for item in (
+        Ablate(absent, layers=1, pos=4),
+        [ForceExperts(there[0], layers=1, pos=4), Ablate(ranks=1, layers=1, how="reroute")],
+    ):
+        assert_same_refusal(lm, model, tokens, mask, item, remote=nnsight_server.url)
