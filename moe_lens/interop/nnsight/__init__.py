@@ -24,6 +24,7 @@ from moe_lens.interop.nnsight.attribution import (
     router_logit_attrs_analysis,
 )
 from moe_lens.interop.nnsight.cache import cache_analysis, routing_cache
+from moe_lens.interop.nnsight.contributions import contributions_analysis, routing_contributions
 from moe_lens.interop.nnsight.jobs import Analysis, Plan, Remote, Traffic, plan_of, traffic
 
 _PREPARED: dict[Callable[..., Any], Callable[..., Analysis[Any]]] = {
@@ -31,6 +32,7 @@ _PREPARED: dict[Callable[..., Any], Callable[..., Analysis[Any]]] = {
     router_logit_attrs: router_logit_attrs_analysis,
     logit_attrs: logit_attrs_analysis,
     ablate: ablate_analysis,
+    routing_contributions: contributions_analysis,
 }
 
 
@@ -66,5 +68,6 @@ __all__ = [
     "plan",
     "router_logit_attrs",
     "routing_cache",
+    "routing_contributions",
     "traffic",
 ]
