@@ -21,8 +21,10 @@ from moe_lens.routing.storage import read_arrays, write_atomically
 from moe_lens.routing.streaming import FAR_BEYOND_ROUNDING
 
 _MOMENTS = ("count", "mean", "squares")
-_STORED_TENSOR = 340
+_STORED_TENSOR = 257
 """About what a stored tensor takes beside its numbers: its name, and its entries in the archive."""
+_STORED_RESULT = 1000
+"""About what a result takes beside its tensors."""
 
 
 class Total:
@@ -170,7 +172,7 @@ def _moments_of(
 
 
 def result_bytes(asked: Mapping[str, Any], dtype: torch.dtype) -> int:
-    """About how many bytes a job's result takes, whatever the documents.
+    """How many bytes a job's result takes, to a few percent, before compression; whatever the documents.
 
     Args:
         asked: see `shipped.contributions.measure_batch`.
@@ -187,4 +189,4 @@ def result_bytes(asked: Mapping[str, Any], dtype: torch.dtype) -> int:
     per_position = [
         len(populations_of(key)) * (8 * size + len(_MOMENTS) * _STORED_TENSOR) for key, size in parts.items()
     ]
-    return len(POSITIONS) * sum(per_position)
+    return _STORED_RESULT + len(POSITIONS) * sum(per_position)
