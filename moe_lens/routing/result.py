@@ -50,7 +50,7 @@ class RoutingContributions:
             or a hook changed. Measures are of the exact logits.
         provenance: of what this is: `model`, `revision`, `dtype`, `weights` (a fingerprint), `edited` (the hook
             points at which hooks edited the run), `corpus` (a list of descriptions), `fingerprints`, `experts`,
-            `lead_token`, `source_axis`, `moe_lens` (the version).
+            `lead_token`, `source_axis`, `moe_lens` (the version); of a model in nnsight also where it `ran`.
     """
 
     by: str

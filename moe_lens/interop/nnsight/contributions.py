@@ -64,14 +64,12 @@ def contributions_analysis(
         raise ValueError(f"batches_per_job={batches_per_job} must be positive")
     corpus = corpus_of(structure, texts, attention_mask, batch_size)
     batches = [tokens_of(structure, tokens, mask) for tokens, mask in corpus]
-    digest = TokenDigest()
-    for tokens, mask in batches:
-        digest.add(tokens, mask)
     steps = [_step(tokens, mask, left_out) for tokens, mask in batches]
     if not any(bool((step.arguments["classes"] == LEAD).any()) for step in steps):
         raise ValueError("there were no batches, so there is nothing to average over")
 
-    senders = {name: senders_before(structure.cfg, chosen[-1], name) for name in granularities}
+    cfg = structure.cfg
+    senders = {name: senders_before(cfg, chosen[-1], name) for name in granularities}
     firsts = {name: first_receivers(of, chosen) for name, of in senders.items()}
     asked = {
         "receivers": list(chosen),
@@ -85,25 +83,23 @@ def contributions_analysis(
             for name, of in senders.items()
         },
     }
-    job = dict(
-        function=measure_batch,
-        arguments={"facts": facts_of(structure.cfg), "asked": asked},
-        result_bytes=result_bytes(asked, structure.cfg.dtype),
-        fold=merge_results,
-    )
     jobs = [
-        Job(steps=steps[start : start + batches_per_job], **job)
+        Job(
+            function=measure_batch,
+            arguments={"facts": facts_of(cfg), "asked": asked},
+            steps=steps[start : start + batches_per_job],
+            result_bytes=result_bytes(asked, cfg.dtype),
+            fold=merge_results,
+        )
         for start in range(0, len(steps), batches_per_job)
     ]
-    provenance = {
-        "model": structure.cfg.model_name,
-        "revision": structure.cfg.revision,
-        "dtype": str(structure.cfg.dtype).removeprefix("torch."),
+    model_and_settings = {
+        "model": cfg.model_name,
+        "revision": cfg.revision,
+        "dtype": str(cfg.dtype).removeprefix("torch."),
         "weights": None if ran is None else _weights(lm, ran),
         "ran": ran,
         "edited": [],
-        "corpus": [corpus.description],
-        "fingerprints": [digest.hexdigest()],
         "experts": experts if listed is None else list(listed),
         "source_axis": None,
         "lead_token": "the first token of a document"
@@ -112,7 +108,7 @@ def contributions_analysis(
         "moe_lens": version("moe-lens"),
     }
     identity = {
-        **{name: value for name, value in provenance.items() if name not in ("corpus", "fingerprints")},
+        **model_and_settings,
         "by": granularities,
         "receivers": list(chosen),
         "batches_per_job": batches_per_job,
@@ -122,9 +118,18 @@ def contributions_analysis(
 
     def finish(_: list[list[Any]]) -> Results:
         assert total.result is not None
+        digest = TokenDigest()
+        for tokens, mask in batches:
+            digest.add(tokens, mask)
+        provenance = {
+            **model_and_settings,
+            "corpus": [corpus.description],
+            "fingerprints": [digest.hexdigest()],
+        }
         results = results_of(total.result, senders, firsts, chosen, provenance)
         return results[granularities[0]] if isinstance(by, str) else results
 
+    # The total holds what these gave.
     kept: dict[int, list[Any]] = {number: [] for number in range(total.n_jobs)}
     return Analysis("routing_contributions", jobs, finish, kept, total.add)
 
@@ -191,7 +196,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         it ran. There `provenance["weights"]` is a fingerprint where it ran in this process, of the parameters as
         transformers names them; of weights on a server none can be made, and it says by which name and revision they
         were asked for. Results of different corpora can be added where these agree. The sender `rounding` is there in
-        half precision, and so it is where the model runs under autocast.
+        half precision, and so it is where a model in float32 runs under autocast; if its experts run in half precision
+        then, theirs, which are computed again in float32, may miss what was written by more than `closes` allows.
 
     Raises:
         TypeError, UnsupportedCheckpoint: a model that is none of these; a setting that nothing has.
@@ -261,9 +267,6 @@ def first_receivers(senders: Senders, receivers: Sequence[int]) -> list[int]:
 def _step(tokens: Int[Tensor, "batch pos"], mask: Mask, left_out: int | None) -> Step:
     """The forward pass of a batch."""
     real = mask.bool()
-    if not bool(real.any(dim=1).all()):
-        row = int((~real.any(dim=1)).nonzero()[0])
-        raise ValueError(f"row {row} of a batch has no real token; every row must be a document")
     of = position_classes(tokens, real, left_out)
     classes = torch.zeros_like(tokens, dtype=torch.int8)
     for members, what in ((real, LEFT_OUT), (of["lead"], LEAD), (of["rest"], REST)):
@@ -275,7 +278,8 @@ def _fingerprint(batches: Sequence[tuple[Tensor, Tensor]]) -> str:
     """Of batches with their padding: other batches of the same documents give numbers that differ in the last digit."""
     digest = hashlib.sha256()
     for tokens, mask in batches:
-        digest.update(repr((tokens.tolist(), mask.long().tolist())).encode())
+        digest.update(repr(tuple(tokens.shape)).encode())
+        digest.update(tokens.numpy().tobytes() + mask.numpy().tobytes())
     return digest.hexdigest()
 
 
