@@ -22,8 +22,9 @@ from moe_lens.interop.nnsight.shipped.moments import merged_results
 from moe_lens.routing import contributions as counterpart
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.senders import ROUNDING
-from tests.families import FAMILIES, prompts
+from tests.families import FAMILIES, prompts, write_checkpoint, write_tokenizer
 from tests.nnsight_cases import lazy_model, traced_model
+from tests.nnsight_server import client
 from tests.routing_cases import VARIANTS, assert_close_results, assert_same_results, corpus
 
 Load = Callable[[str], Any]
@@ -175,13 +176,13 @@ def test_texts_tokens_and_batches(traced: Load, model_of: Load) -> None:
 
 
 def test_what_padding_holds_is_not_read(checkpoint: Callable[[str], Path]) -> None:
-    """Where its square overflows, 0 times it would be no number."""
+    """Its readout overflows, and so does its scale: their quotient is no number."""
     lm = traced_model(checkpoint("qwen2_moe"))
     batches = corpus("right")
     expected = routing_contributions(lm, batches, by=GRANULARITIES, bos_is_lead=False)
     unused = next(i for i in range(4, 128) if not any(bool((t == i).any()) for t, _ in batches))
     with torch.no_grad():
-        module_of(lm).get_input_embeddings().weight[unused] = 1e30
+        module_of(lm).get_input_embeddings().weight[unused] = 3e38
     padded = [(tokens.masked_fill(~mask.bool(), unused), mask) for tokens, mask in batches]
     ours = routing_contributions(lm, padded, by=GRANULARITIES, bos_is_lead=False)
     for by in GRANULARITIES:
@@ -479,3 +480,50 @@ def test_a_result_does_not_grow_with_its_corpus(
         sizes.append(sent.bytes_down)
         assert planned.bytes_down == pytest.approx(sent.bytes_down, rel=0.03)
     assert sizes[1] <= sizes[0] + 64
+
+
+# ---- on a server ----
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_on_a_server(
+    nnsight_server: Any, checkpoint: Callable[[str], Path], traced: Load, tmp_path: Path, variant: str
+) -> None:
+    """From a client without weights, in two jobs, one killed before: as in this process."""
+    lm, batches, url = client(checkpoint(variant)), four_batches(), nnsight_server.url
+    how: dict[str, Any] = dict(by=GRANULARITIES, batches_per_job=2)
+    planned = plan(routing_contributions, lm, batches, **how, remote=url)
+    assert (planned.jobs, planned.passes, planned.served) == (2, 4, True)
+    expected = routing_contributions(traced(variant), batches, **how)
+    with traffic() as sent:
+        got = routing_contributions(lm, batches, **how, state=tmp_path / "state", remote=url)
+    assert sent.jobs == 2
+    assert not lm.dispatched
+    for by, wanted in expected.items():
+        assert_close_results(got[by], wanted, rtol=1e-5, atol=1e-6)
+        assert got[by].completeness_error <= 1e-5
+        assert got[by].provenance["ran"] == f"in nnsight, at {url}"
+        assert got[by].provenance["weights"].startswith("not read: those of")
+    with traffic() as sent:
+        again = routing_contributions(lm, batches, **how, state=tmp_path / "state", remote=url)
+    assert sent.jobs == 0
+    assert_bitwise(again, got)
+    with pytest.raises(ValueError, match="is of another run: weights was"):
+        routing_contributions(traced(variant), batches, **how, state=tmp_path / "state")
+    with pytest.raises(ValueError, match="weights is"):
+        _ = got["head"] + routing_contributions(traced(variant), [prompts(seed=9)], by="head")
+
+
+def test_half_precision_on_a_server(nnsight_server: Any, tmp_path: Path) -> None:
+    """Which runs it under autocast."""
+    directory = write_checkpoint("qwen2_moe", tmp_path / "half", dtype=torch.bfloat16)
+    write_tokenizer(directory)
+    nnsight_server.add("half", directory, torch.bfloat16)
+    lm = client(directory, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = routing_contributions(traced_model(directory, torch.bfloat16), corpus(), by=GRANULARITIES)
+    got = routing_contributions(lm, corpus(), by=GRANULARITIES, remote=nnsight_server.url)
+    for by, wanted in expected.items():
+        assert got[by].senders[-1] == ROUNDING
+        assert got[by].closes
+        assert far(got[by], wanted, "norm") < 0.03
