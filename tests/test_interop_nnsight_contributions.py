@@ -520,6 +520,18 @@ def test_a_result_does_not_grow_with_its_corpus(
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
+def test_for_a_key_that_reaches_no_weights(nnsight_server: Any, checkpoint: Any, variant: str) -> None:
+    """Readouts and heads' output weights are what modules make there."""
+    expected = routing_contributions(traced_model(checkpoint(variant)), corpus("left"), by=GRANULARITIES)
+    lm = client(checkpoint(variant))
+    with nnsight_server.limits(trusted=False):
+        got = routing_contributions(lm, corpus("left"), by=GRANULARITIES, remote=nnsight_server.url)
+    for by, wanted in expected.items():
+        assert_close_results(got[by], wanted, rtol=1e-5, atol=1e-5)
+        assert got[by].completeness_error <= 1e-5
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
 def test_on_a_server(
     nnsight_server: Any, checkpoint: Callable[[str], Path], traced: Load, tmp_path: Path, variant: str
 ) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_lens.interop.nnsight.shipped.moments import document_moments
 from moe_lens.interop.nnsight.shipped.values import read_values
+from moe_lens.interop.nnsight.shipped.weights import bias_of, gain_of, matrix_of, readout_of
 
 LEFT_OUT, LEAD, REST = 1, 2, 3
 """What a token counts as; padding is 0."""
@@ -52,15 +53,16 @@ def measure_batch(
     receivers = asked["receivers"]
     wanted = "hook_embed"
     embed = read_values(lm, facts, [wanted], shape)[wanted]
-    found = begun(lm, asked, classes, embed)
+    found = begun(lm, facts["eps"], asked, classes, embed)
     component_ran(found, asked, "embed", {wanted: at_tokens(embed, found)}, None, None)
     for layer in range(receivers[-1] + 1):
         prefix = f"blocks.{layer}."
         values = read_values(lm, facts, points_of(layer, facts, asked), shape)
         values = {name.removeprefix(prefix): at_tokens(value, found) for name, value in values.items()}
-        projection = lm.model.layers[layer].self_attn.o_proj
-        weight, bias = projection.weight.detach(), projection.bias
-        bias = None if bias is None else bias.detach()
+        weight, bias, z = None, None, values.get("attn.hook_z")
+        if z is not None:
+            projection = lm.model.layers[layer].self_attn.o_proj
+            weight, bias = matrix_of(projection, z), bias_of(projection, z)
         component_ran(found, asked, f"A{layer}", values, weight, bias)
         if layer in receivers:
             receiver_ran(found, asked, receivers.index(layer), values)
@@ -93,7 +95,7 @@ def points_of(layer: int, facts: dict[str, Any], asked: dict[str, Any]) -> list[
     return [f"blocks.{layer}.{point}" for point in points]
 
 
-def begun(lm: Any, asked: dict[str, Any], classes: Tensor, embed: Tensor) -> dict[str, Any]:
+def begun(lm: Any, eps: float, asked: dict[str, Any], classes: Tensor, embed: Tensor) -> dict[str, Any]:
     """What a batch has gathered before anything has run. All of it is on the embedding's device."""
     device = embed.device
     classes = classes.to(device)
@@ -101,10 +103,9 @@ def begun(lm: Any, asked: dict[str, Any], classes: Tensor, embed: Tensor) -> dic
     rows, gains = [], []
     for receiver in asked["receivers"]:
         layer = lm.model.layers[receiver]
-        gain = layer.post_attention_layernorm.weight.detach().to(device).float()
-        row = layer.mlp.gate.weight.detach().to(device).float() * gain
+        row = readout_of(layer, eps, embed)
         rows.append(row if asked["experts"] is None else row[asked["experts"]])
-        gains.append(gain)
+        gains.append(gain_of(layer.post_attention_layernorm, eps, embed))
     return {
         "real": real,
         "classes": classes.flatten()[real],
@@ -147,7 +148,7 @@ def component_ran(
 
     Args:
         values: the hook values of its layer.
-        weight, bias: of attention's output.
+        weight, bias: of attention's output, in float32, where heads are read.
     """
     device = found["real"].device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -199,8 +200,6 @@ def senders_of(
     if kind == "heads":
         assert weight is not None
         z = values["attn.hook_z"]
-        weight = weight.to(z.device).float()
-        bias = None if bias is None else bias.to(z.device).float()
         places = torch.arange(n_senders, device=z.device).expand(len(z), -1)
         weight = rearrange(weight, "d_model (head d) -> head d d_model", head=z.shape[1])
         return {"senders": places, "z": z, "weight": weight, "bias": bias}
