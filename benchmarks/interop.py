@@ -29,7 +29,7 @@ from forward import bridge_of, make_checkpoint
 from nnsight.modeling.transformers import TransformersModel
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from moe_lens import HookedMoE
 from moe_lens.interop import nnsight as in_nnsight
@@ -201,9 +201,9 @@ def print_times(seconds: dict[str, list[float]], bases: dict[str, str | None]) -
 def print_bytes(name: str, settings: dict[str, Any]) -> None:
     """Of one batch of a model at its real shapes."""
     tokens = torch.randint(4, 1000, (8, 128), generator=torch.Generator().manual_seed(0))
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
-    lm = TransformersModel(module, tokenizer=tokenizer())
+    with tempfile.TemporaryDirectory() as directory:
+        AutoConfig.for_model(**settings).save_pretrained(directory)
+        lm = TransformersModel(directory, task="text-generation", tokenizer=tokenizer(), dtype=torch.bfloat16)
     structure = structure_of(lm)
     routers = structure.cfg.moe_layers
 

@@ -15,6 +15,10 @@ from moe_lens.interop.nnsight.shipped.values import read_values
 from moe_lens.model.hooked_moe import HookedMoE
 
 
+INSIDE_ATTENTION = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
+"""Hook points whose values are computed again, for which angles and mask travel."""
+
+
 def value_bytes(structure: HookedMoE, names: list[str], shape: tuple[int, int]) -> int:
     """Bytes of hook values `[batch, pos, ...]` of so many positions."""
     cfg = structure.cfg
@@ -63,7 +67,9 @@ def cache_analysis(
     wanted = structure.matching_hooks(names_filter)
     tokens, mask = tokens_of(structure, text, attention_mask, prepend_bos)
     shape = (tokens.shape[0], tokens.shape[1])
-    facts = {**facts_of(structure.cfg), **attention_facts(structure.cfg, mask)}
+    facts = facts_of(structure.cfg)
+    if any(name.endswith(INSIDE_ATTENTION) for name in wanted):
+        facts.update(attention_facts(structure.cfg, mask))
     job = Job(
         function=read_values,
         arguments={"facts": facts, "wanted": wanted, "shape": list(shape)},
