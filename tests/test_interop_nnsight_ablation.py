@@ -15,6 +15,8 @@ from torch import Tensor
 from moe_lens import HookedMoE
 from moe_lens.interop.nnsight import ablate, plan, traffic
 from moe_lens.interop.nnsight.ablation import ablate_analysis
+from moe_lens.interop.nnsight.model import facts_of
+from moe_lens.interop.nnsight.shipped import choice
 from moe_lens.interventions import (
     Ablate,
     ForbidExperts,
@@ -25,6 +27,7 @@ from moe_lens.interventions import (
     run_with_interventions,
 )
 from moe_lens.interventions.branches import HOWS
+from moe_lens.interventions.changed_routing import ranking
 from tests.families import FAMILIES, prompts
 from tests.intervention_cases import MASK, POSITIONS, reference_of
 from tests.nnsight_ablations import (
@@ -147,6 +150,18 @@ def test_what_is_not_touched_stays_to_the_bit(traced: Load) -> None:
     )
     assert (found.effects[:, :, :4] == 0).all()
     assert (found.effects[:, :, 4] != 0).all()
+
+
+@pytest.mark.parametrize("variant", ["olmoe", "deepseek_v2_groups"])
+def test_ties_go_by_the_choice(hooked: Load, variant: str) -> None:
+    """Of experts with the same probability those chosen come first: `ranking`'s rule, which travels as `swapped`."""
+    cfg = hooked(variant).cfg
+    probabilities = torch.full((3, 8), 1 / 8)
+    arriving = torch.tensor([[5, 4, 1], [7, 6, 0], [2, 3, 4]])
+    spec = dict(number=0, i=1, j=4, places=None, weights="own")
+    real = torch.ones(3, dtype=torch.bool)
+    made = choice.swapped(probabilities, arriving, [spec], real, facts_of(cfg))
+    assert torch.equal(made["ranked"], ranking(probabilities[None], arriving[None], cfg.router)[0])
 
 
 # --- other measures -----------------------------------------------------------------------------------------
