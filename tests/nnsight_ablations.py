@@ -90,6 +90,7 @@ def ablations(model: Any, tokens: Tensor, mask: Tensor, how: str, reference: Any
         items += [
             Ablate(ranks=tuple(range(1, k + 1)), layers=last, **change),
             Ablate(all_but=True, layers=last, pos=MASK, **change),
+            [TopK(1, layers=first, pos=4), Ablate(all_but=True, layers=first, pos=4, **change)],
         ]
     if how == "reroute":
         # Under groups too few would be left of two of them.

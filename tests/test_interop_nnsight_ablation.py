@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache as once
 from pathlib import Path
@@ -264,6 +265,8 @@ def test_vectors_travel_once(traced: Load, hooked: Load, reference: Load) -> Non
     assert sent(named) == {1: [2, d_model]}
     assert sent(named, named, Ablate("M1E3", **mean), Ablate("M1S", **mean)) == {1: [3, d_model]}
     assert sent(named, Ablate(ranks=1, layers=(1, 2), **mean)) == {1: [8, d_model], 2: [8, d_model]}
+    other = Ablate("M1E2", how="mean", reference=dataclasses.replace(of))
+    assert sent(named, other) == {1: [3, d_model]}
     assert sent(Ablate(0, all_but=True, layers=1, **mean)) == {1: [7, d_model]}
     assert sent(Ablate("M1E2", pos=4, **resample))[1][0] <= 2
     everywhere = sent(Ablate("M1E2", **resample), Ablate("M1E2", **resample))[1][0]
