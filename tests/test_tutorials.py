@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from moe_lens.page import POLICY
+
 TUTORIALS = sorted((Path(__file__).parent.parent / "tutorials").glob("*.ipynb"))
 SECONDS = 120
 
@@ -28,10 +30,15 @@ def test_outputs_are_cleared(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cell, in a kernel of its own; the figures are drawn, and nothing is written beside the notebook."""
+def test_it_runs(
+    path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every cell, in a kernel of its own; the figures are drawn, nothing is written beside the notebook, and the pages
+    that it makes in a temporary folder load nothing from elsewhere."""
     # As in conftest.py: for so small a model, a second thread only waits.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     NotebookClient(
@@ -51,6 +58,10 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     drawn = [cell for cell in notebook.cells if cell.cell_type == "code" and _draws(cell.source)]
     assert len(figures) == len(drawn)
     assert list(tmp_path.iterdir()) == []
+    pages = list(temporary.rglob("*.html"))
+    assert bool(pages) == any("write_page(" in cell.source for cell in notebook.cells)
+    for page in pages:
+        assert POLICY in page.read_text(encoding="utf-8")
 
 
 def _draws(source: str) -> bool:
@@ -68,5 +79,6 @@ def _draws(source: str) -> bool:
         "progressive_lines(",
         "redistribution_chains(",
         "scope_pairs(",
+        "waterfall(",
     )
     return last.startswith(figures) or last.endswith(".waterfall()")
