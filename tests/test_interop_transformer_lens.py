@@ -29,7 +29,7 @@ from moe_lens.routing import attribution, logit_attribution
 from tests.families import FAMILIES, hf_model, prompts
 from tests.interop_types import inputs, tiny_model
 from tests.test_interop_shared_weights import storages
-from tests.test_interop_transformers import EDITS, POINTS, first_layer
+from tests.test_interop_transformers import EDITS, POINTS, close, first_layer
 
 # Every family, and what a config can change in what the bridge's hooks hold: clipped values, heads of other widths
 # than d_model / n_heads, dense layers beside MoE layers, biases, groups of experts.
@@ -75,13 +75,6 @@ def caches(bridge_of: Any, hooked: Any) -> Callable[[str, str], tuple[Any, Any]]
         return theirs, ours
 
     return run
-
-
-def close(got: Tensor, expected: Tensor) -> bool:
-    """Equal to 1e-5 of the largest value."""
-    return got.shape == expected.shape and float((got - expected).abs().max()) <= 1e-5 * float(
-        expected.abs().max()
-    )
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

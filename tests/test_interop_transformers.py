@@ -27,7 +27,9 @@ Edit = Callable[[Tensor, Any], Tensor | None]
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
     """Equal to 1e-5 of the largest value."""
-    return float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= 1e-5 * float(
+        theirs.abs().max()
+    )
 
 
 def first_layer(model: Any) -> str:
@@ -344,6 +346,64 @@ def test_attached_twice(hf: Any) -> None:
             ValueError, match=r"no hook named 'blocks\.0\.mlp\.hook_router_logit'; nearest are"
         ):
             attached.add_hook("blocks.0.mlp.hook_router_logit", print)
+
+
+def test_after_the_context(hf: Any) -> None:
+    """What attach gave runs nothing any more, where no hook would see it; the model does."""
+    tokens, _ = prompts("none")
+    with torch.no_grad():
+        with attach(hf("olmoe")) as attached:
+            pass
+        runs: list[Callable[[], Any]] = [
+            lambda: attached(tokens),
+            lambda: attached.run_with_cache(tokens),
+            lambda: attached.run_with_hooks(tokens, fwd_hooks=[(lambda name: True, halve_second_slot)]),
+        ]
+        for run in runs:
+            with pytest.raises(RuntimeError, match=r"the context of attach has ended.*attach again"):
+                run()
+        with attach(hf("olmoe")) as again:
+            assert torch.equal(again(tokens).logits, hf("olmoe")(tokens).logits)
+            with pytest.raises(RuntimeError, match="the context of attach has ended"):
+                attached(tokens)
+
+
+def test_gradients_in_the_cache(hf: Any, model_of: Callable[[str], Any]) -> None:
+    """`run_with_cache(incl_bwd=True)`, of the loss that transformers makes where it is given labels."""
+    tokens, _ = prompts("none")
+    theirs, ours = hf("qwen2_moe"), model_of("qwen2_moe")
+    points = tuple(f"mlp.hook_{point}" for point in POINTS if point != "expert_indices")
+    asked: Any = dict(names_filter=lambda name: name.endswith(points), incl_bwd=True)
+    with attach(theirs) as attached:
+        out, cache = attached.run_with_cache(tokens, labels=tokens, **asked)
+        with pytest.raises(ValueError, match=r"gradient of the model's loss.*give labels="):
+            attached.run_with_cache(tokens, **asked)
+    theirs.zero_grad()
+    loss, expected = ours.run_with_cache(tokens, return_type="loss", **asked)
+    ours.zero_grad()
+    assert close(out.loss.detach(), loss.detach())
+    assert set(cache) == set(expected)
+    for name in (name for name in expected if name.endswith("_grad")):
+        size = float(expected[name].abs().max())
+        torch.testing.assert_close(cache[name], expected[name], rtol=1e-4, atol=1e-5 * size)
+
+
+def test_what_is_no_transformers_model(hf: Any, model_of: Callable[[str], Any]) -> None:
+    for wrong in (model_of("olmoe"), torch.nn.Sequential(hf("olmoe")), "olmoe", None):
+        with (
+            pytest.raises(TypeError, match=f"not a transformers model but a {type(wrong).__name__}"),
+            attach(wrong),  # type: ignore[arg-type]
+        ):
+            pass
+
+
+@pytest.mark.parametrize("given", ["some text", ["some text"], [[1, 2]], {"input_ids": torch.ones(1, 2)}])
+def test_what_are_no_tokens(hf: Any, given: Any) -> None:
+    with (
+        attach(hf("olmoe")) as attached,
+        pytest.raises(TypeError, match=r"takes tokens, a tensor \[batch, pos\], not (str|list|dict)"),
+    ):
+        attached.run_with_cache(given)
 
 
 def test_a_block_without_its_experts_raises(hf: Any) -> None:

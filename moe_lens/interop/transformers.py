@@ -12,7 +12,7 @@ Routers are run by their own code too: see `router_trace`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -70,14 +70,23 @@ def attach(hf_model: PreTrainedModel) -> Iterator[AttachedModel]:
     Returns:
         A context manager; what it gives has `hook_dict`, `hooks`, `run_with_hooks` and `run_with_cache`, and is
         called as the model is. The model itself, called inside the context, runs with the same hooks.
+        `run_with_cache(incl_bwd=True)` takes the gradient of the model's own loss, for which it wants `labels=`.
 
     Raises:
+        TypeError: not a transformers model.
         ValueError: the model does not use transformers' experts interface (it names what is missing), a layer's
             router is not found, or the model is attached already.
         RouterNotUnderstood: in a run, a router that does not return logits, weights and indices, or an edit that it
             does not allow, by name.
         SlotSumError: in a run, the slots of a layer do not sum to its output; the layer and the error are named.
+        RuntimeError: what the context gave is run after the context ended.
     """
+    if not isinstance(hf_model, PreTrainedModel):
+        raise TypeError(
+            f"not a transformers model but a {type(hf_model).__name__}; give the model itself (of a wrapper, what it "
+            f"wraps). A TransformerBridge has moe_lens.interop.transformer_lens.attach, a model in nnsight has "
+            f"moe_lens.interop.nnsight, and a HookedMoE has these hook points itself"
+        )
     if hasattr(hf_model, _ATTACHED):
         raise ValueError(f"{type(hf_model).__name__} is attached already; use what the first attach gave")
     attached = AttachedModel(hf_model, expert_layers(hf_model))
@@ -89,6 +98,7 @@ def attach(hf_model: PreTrainedModel) -> Iterator[AttachedModel]:
             yield attached
         finally:
             attached.reset_hooks(including_permanent=True)
+            attached.has_ended = True
 
 
 def _install(attached: AttachedModel, restore: ExitStack) -> None:
@@ -149,12 +159,14 @@ class AttachedModel(HookedModel):
         hf_model: the model.
         layers: its MoE layers, in order.
         hook_dict: name -> hook point.
+        has_ended: whether the context that made it did; the points then see nothing more.
     """
 
     def __init__(self, hf_model: PreTrainedModel, layers: list[ExpertLayer]):
         super().__init__()
         # In a tuple, so that the model's modules are not taken for hook points' owners.
         self._held = (hf_model,)
+        self.has_ended = False
         self.cfg = SimpleNamespace(device=hf_model.device, model_name=hf_model.config.model_type)  # type: ignore[assignment]
         self.layers = [AttachedLayer(where, MoEPoints()) for where in layers]
         for layer in self.layers:
@@ -170,8 +182,31 @@ class AttachedModel(HookedModel):
         return False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformers model's own forward, with its arguments and what it returns."""
+        """The transformers model's own forward, with its arguments and what it returns.
+
+        Raises:
+            RuntimeError: the context ended, so that no hook would run.
+            TypeError: text, or a tokenizer's whole answer.
+        """
+        if self.has_ended:
+            raise RuntimeError(
+                "the context of attach has ended, so that no hook would run; attach again, and use what that gives"
+            )
+        if args and isinstance(args[0], str | list | tuple | Mapping):
+            raise TypeError(
+                f"a transformers model takes tokens, a tensor [batch, pos], not {type(args[0]).__name__}; for text, "
+                f"attached(**tokenizer(text, return_tensors='pt'))"
+            )
         return self.hf_model(*args, **kwargs)
+
+    def _to_differentiate(self, out: Any) -> Tensor:
+        loss = getattr(out, "loss", None)
+        if loss is None:
+            raise ValueError(
+                "incl_bwd=True takes the gradient of the model's loss, and it gave none; give labels= (the tokens "
+                "themselves, for the loss of each next one)"
+            )
+        return loss
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:

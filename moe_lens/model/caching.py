@@ -192,12 +192,16 @@ class HookedModel(HookedRootModule):
         with self.hooks(forward_hooks, backward_hooks, reset_hooks_end, clear_contexts):
             out = self(*model_args, **model_kwargs)
             if incl_bwd:
-                out.backward()
+                self._to_differentiate(out).backward()
         if names_filter is not None and not callable(names_filter):
             self._require_fired(self.matching_hooks(names_filter), set(cache))
         if not return_cache_object:
             return out, cache
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def _to_differentiate(self, out: Any) -> Tensor:
+        """Of what `forward` returned, the scalar whose gradients `incl_bwd` caches."""
+        return out
 
     def get_caching_hooks(  # type: ignore[override]
         self,
