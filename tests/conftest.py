@@ -65,6 +65,14 @@ def hooked(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
     return cache(load)
 
 
+@pytest.fixture(scope="module")
+def traced(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """`traced(variant)`: its checkpoint in float32 in nnsight, one for a module of tests."""
+    from tests.nnsight_cases import traced_model
+
+    return cache(lambda variant: traced_model(checkpoint(variant)))
+
+
 @pytest.fixture(scope="session")
 def _nnsight_server(checkpoint: Callable[[str], Path]) -> Iterator[Any]:
     from tests.nnsight_server import serve

@@ -48,11 +48,6 @@ Load = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
-def traced(checkpoint: Callable[[str], Path]) -> Load:
-    return once(lambda variant: traced_model(checkpoint(variant)))
-
-
-@pytest.fixture(scope="module")
 def reference(hooked: Load) -> Load:
     return once(lambda variant: reference_of(hooked(variant)))
 

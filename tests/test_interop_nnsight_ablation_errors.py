@@ -34,15 +34,9 @@ from tests.nnsight_ablations import (
     changes_of,
     expected_loss,
 )
-from tests.nnsight_cases import traced_model
 from tests.nnsight_server import client
 
 Load = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def traced(checkpoint: Callable[[str], Path]) -> Load:
-    return once(lambda variant: traced_model(checkpoint(variant)))
 
 
 @pytest.fixture(scope="module")

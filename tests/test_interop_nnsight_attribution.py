@@ -29,11 +29,6 @@ Attrs = RouterLogitAttrs | LogitAttrs
 
 
 @pytest.fixture(scope="module")
-def traced(checkpoint: Callable[[str], Path]) -> Load:
-    return once(lambda variant: traced_model(checkpoint(variant)))
-
-
-@pytest.fixture(scope="module")
 def traced_half(checkpoint: Callable[[str], Path]) -> Load:
     return once(lambda variant: traced_model(checkpoint(variant), torch.bfloat16))
 

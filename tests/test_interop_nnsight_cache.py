@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,6 @@ from tests.nnsight_cases import lazy_model, traced_model
 from tests.reference import assert_same
 
 Load = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def traced(checkpoint: Callable[[str], Path]) -> Load:
-    return once(lambda variant: traced_model(checkpoint(variant)))
 
 
 def at_real_tokens(name: str, value: Tensor, real: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,6 @@ from tests.routing_cases import VARIANTS, assert_close_results, assert_same_resu
 
 Load = Callable[[str], Any]
 Results = dict[str, RoutingContributions]
-
-
-@pytest.fixture(scope="module")
-def traced(checkpoint: Callable[[str], Path]) -> Load:
-    return once(lambda variant: traced_model(checkpoint(variant)))
 
 
 @pytest.fixture
