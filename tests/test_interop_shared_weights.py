@@ -157,6 +157,12 @@ def test_unknown_model_type() -> None:
         hooked_view(AutoModelForCausalLM.from_config(config))
 
 
+def test_what_is_no_transformers_model(hf: Callable[[str], Any], hooked: Any) -> None:
+    for wrong in (hooked("olmoe"), torch.nn.Sequential(hf("olmoe")), "olmoe", None):
+        with pytest.raises(TypeError, match=f"not a transformers model but a {type(wrong).__name__}"):
+            hooked_view(wrong)  # type: ignore[arg-type]
+
+
 def narrower(model: Any) -> None:
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :, :-1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 _ROUTER_NAMES = ("gate", "router")
@@ -33,6 +34,22 @@ class ExpertLayer:
 
     def __str__(self) -> str:
         return f"{self.name} ({type(self.router).__name__} and {type(self.experts).__name__} at {self.path})"
+
+
+def require_transformers_model(model: object, otherwise: str) -> None:
+    """See that something is a transformers model.
+
+    Args:
+        otherwise: what there is for models held in another way, for the error.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"not a transformers model but a {type(model).__name__}; give the model itself (of a wrapper, what it "
+            f"wraps). {otherwise}"
+        )
 
 
 def uses_interface(module: nn.Module) -> bool:

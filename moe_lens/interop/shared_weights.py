@@ -29,7 +29,7 @@ from moe_lens.config import MoEConfig
 from moe_lens.converters import CheckpointMismatch, converter_for
 from moe_lens.converters.key_map import KeyMap, placements
 from moe_lens.converters.loading import convert_config
-from moe_lens.interop.expert_layers import unwrapped
+from moe_lens.interop.expert_layers import require_transformers_model, unwrapped
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.mlp import DenseMLP, GatedMLP
 
@@ -54,11 +54,15 @@ def hooked_view(hf_model: PreTrainedModel, tokenizer: Any = None) -> HookedMoE:
         gradient where the model's does.
 
     Raises:
+        TypeError: not a transformers model.
         UnsupportedCheckpoint: no converter for the model type, or a config feature that is not implemented.
         CheckpointMismatch: tensors that are missing, surplus (an adapter's, say), of another shape or dtype than the
             config asks for (quantised ones, say), on several devices, or tied against what the config says; named.
         NotImplementedError: a family of which transformers holds a parameter in several tensors.
     """
+    require_transformers_model(
+        hf_model, "That of a TransformerBridge is its original_model, and a HookedMoE needs no view"
+    )
     hf_config = hf_model.config
     key_map = converter_for(hf_config.model_type).key_map
     cfg = convert_config(

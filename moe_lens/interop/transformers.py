@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_lens.interop.expert_layers import ExpertLayer, expert_layers
+from moe_lens.interop.expert_layers import ExpertLayer, expert_layers, require_transformers_model
 from moe_lens.interop.router_trace import run_traced
 from moe_lens.model.caching import HookedModel
 from moe_lens.model.hook_point import HookPoint
@@ -81,12 +81,11 @@ def attach(hf_model: PreTrainedModel) -> Iterator[AttachedModel]:
         SlotSumError: in a run, the slots of a layer do not sum to its output; the layer and the error are named.
         RuntimeError: what the context gave is run after the context ended.
     """
-    if not isinstance(hf_model, PreTrainedModel):
-        raise TypeError(
-            f"not a transformers model but a {type(hf_model).__name__}; give the model itself (of a wrapper, what it "
-            f"wraps). A TransformerBridge has moe_lens.interop.transformer_lens.attach, a model in nnsight has "
-            f"moe_lens.interop.nnsight, and a HookedMoE has these hook points itself"
-        )
+    require_transformers_model(
+        hf_model,
+        "For a TransformerBridge there is moe_lens.interop.transformer_lens.attach, for a model in nnsight "
+        "moe_lens.interop.nnsight, and a HookedMoE has these hook points itself",
+    )
     if hasattr(hf_model, _ATTACHED):
         raise ValueError(f"{type(hf_model).__name__} is attached already; use what the first attach gave")
     attached = AttachedModel(hf_model, expert_layers(hf_model))
