@@ -231,6 +231,28 @@ def test_edits_and_cache_together(bridge_of: Any, model_of: Any) -> None:
     assert not close(got.values, router_logit_attrs(bridge, clean, receiver=1, by="expert").values)
 
 
+def halve(value: Tensor, hook: Any) -> Tensor:
+    return value / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_between_what_is_read(checkpoint: Any, dtype: torch.dtype) -> None:
+    """Neurons are made anew of what the layer read: where experts' outputs were edited after that, neurons do not sum
+    to the logits, and it is said. Experts' contributions are read after the edit, and do."""
+    bridge, (tokens, _) = boot(checkpoint("olmoe"), dtype), prompts("none")
+    with torch.no_grad(), attach(bridge), bridge.hooks(fwd_hooks=[("blocks.0.mlp.hook_expert_out", halve)]):
+        _, seen = bridge.run_with_cache(tokens)
+    experts = router_logit_attrs(bridge, seen, receiver=1, by="expert")
+    neurons = router_logit_attrs(bridge, seen, receiver=1, by="neuron")
+    assert experts.completeness_error <= 1e-5
+    if dtype == torch.float32:
+        assert neurons.completeness_error > 1e-3
+        return
+    assert experts.rounding_ratio is not None
+    assert neurons.rounding_ratio is not None
+    assert experts.rounding_ratio <= 1 < neurons.rounding_ratio
+
+
 @pytest.mark.parametrize("variant", ["olmoe", "deepseek_v2"])
 def test_gradients_equal_hooked_moe(bridge_of: Any, model_of: Any, variant: str) -> None:
     """`run_with_cache(incl_bwd=True)` on the bridge, on every point that has a gradient."""

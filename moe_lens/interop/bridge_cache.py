@@ -13,7 +13,8 @@ denominator) and normalised streams, patterns, z. These do not:
 
 Each is made from the bridge's values by what the model itself does with them; nothing is estimated. Where the run was
 edited between what is read and what is made of it (an expert's output, say), parts do not sum to the whole, as in a
-HookedMoE whose `hook_expert_out` was edited; the results' `completeness_error` tells.
+HookedMoE whose `hook_expert_out` was edited; the results' `completeness_error` tells, and in half precision, where
+`rounding` takes what is left, their `rounding_ratio`.
 """
 
 from __future__ import annotations
