@@ -196,6 +196,29 @@ def test_runs_the_implementation_that_the_model_had(
     assert theirs.config._experts_implementation == experts
 
 
+@pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_under_autocast(checkpoint: Any, experts: str, low: torch.dtype) -> None:
+    """A float32 model whose experts round to half precision: slots sum to these roundings, and to no more."""
+
+    def damaged(experts_module: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        out = ALL_EXPERTS_FUNCTIONS["batched_mm"](experts_module, x, indices, weights)
+        return out * 1.1 if indices.shape[-1] > 1 else out
+
+    theirs, (tokens, _) = hf_model(checkpoint("olmoe"), experts=experts), prompts("none")
+    with torch.no_grad(), torch.autocast("cpu", low):
+        unhooked = theirs(tokens).logits
+        with attach(theirs) as attached:
+            assert torch.equal(attached(tokens).logits, unhooked)
+        ALL_EXPERTS_FUNCTIONS["damaged"] = damaged
+        try:
+            theirs.config._experts_implementation_internal = "damaged"
+            with attach(theirs) as attached, pytest.raises(SlotSumError):
+                attached(tokens)
+        finally:
+            del ALL_EXPERTS_FUNCTIONS["damaged"]
+
+
 def state(model: Any) -> Any:
     """All that attach puts in place of something."""
     return (

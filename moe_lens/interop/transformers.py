@@ -363,7 +363,7 @@ class AttachedLayer:
     @torch.no_grad()
     def _check_sum(self, products: Float[Tensor, "token k d"], layer_out: Float[Tensor, "token d"]) -> None:
         """The slots' sum is the layer's output, to 1e-5 of the slots' own size at each token in float32, and to the
-        roundings of a sum of as many terms in half precision."""
+        roundings of a sum of as many terms in half precision, autocast's too."""
         if layer_out.numel() == 0:
             return
         total = products.sum(dim=1)
@@ -380,7 +380,7 @@ class AttachedLayer:
         )
         error = float((difference.amax(dim=-1) / scale).max())
         n_slots = products.shape[1]
-        limit = max(1e-5, torch.finfo(layer_out.dtype).eps * (2 + n_slots / 2))
+        limit = max(1e-5, _coarsest(layer_out) * (2 + n_slots / 2))
         if not error <= limit:
             raise SlotSumError(
                 f"{self.where}: the slots' contributions do not sum to the layer's output: relative error {error:.1e}, "
@@ -398,6 +398,14 @@ def _through(point: HookPoint, value: Tensor, why_fixed: str | None = None) -> t
     edited = point.n_edits != n_edits or (uncounted and not torch.equal(before, seen))
     carries_grad = point.is_listened_to and torch.is_grad_enabled() and value.requires_grad
     return seen, edited or (carries_grad and why_fixed is None)
+
+
+def _coarsest(value: Tensor) -> float:
+    """The spacing of the coarsest numbers that a value may have gone through: its own, or those of autocast."""
+    device, spacing = value.device.type, torch.finfo(value.dtype).eps
+    if not torch.is_autocast_enabled(device):
+        return spacing
+    return max(spacing, torch.finfo(torch.get_autocast_dtype(device)).eps)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
