@@ -28,15 +28,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_lens.interop.expert_layers import ExpertLayer, expert_layers, require_transformers_model
 from moe_lens.interop.router_trace import run_traced
+from moe_lens.interop.slot_sum import SlotSumError, check_sum
 from moe_lens.model.caching import HookedModel
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.moe import check_forced_indices
 
+__all__ = ["AttachedModel", "SlotSumError", "attach"]
+
 _ATTACHED = "_moe_lens_attached"
-
-
-class SlotSumError(RuntimeError):
-    """The slots of a layer do not sum to its output."""
 
 
 @contextmanager
@@ -346,7 +345,7 @@ class AttachedLayer:
             torch.ones_like(rearrange(weights, "token k -> (token k) 1")),
         )
         slots = rearrange(slots, "(token k) d -> token k d", k=n_slots)
-        self._check_sum(weights[..., None] * slots, layer_out)
+        check_sum(weights[..., None] * slots, layer_out, str(self.where))
 
         order = rearrange(routing.order, "b p k -> (b p) k")
         in_order = slots.gather(1, order[..., None].expand_as(slots))
@@ -360,33 +359,6 @@ class AttachedLayer:
             return layer_out
         return contrib.sum(dim=2).reshape(layer_out.shape).to(layer_out.dtype)
 
-    @torch.no_grad()
-    def _check_sum(self, products: Float[Tensor, "token k d"], layer_out: Float[Tensor, "token d"]) -> None:
-        """The slots' sum is the layer's output, to 1e-5 of the slots' own size at each token in float32, and to the
-        roundings of a sum of as many terms in half precision, autocast's too."""
-        if layer_out.numel() == 0:
-            return
-        total = products.sum(dim=1)
-        difference = (total.float() - layer_out.float()).abs()
-        # A NaN that the layer gives by itself is the model's own.
-        difference = difference.masked_fill(layer_out.isnan() & total.isnan(), 0.0)
-        scale = (
-            products.float()
-            .abs()
-            .nan_to_num()
-            .sum(dim=1)
-            .amax(dim=-1)
-            .clamp_min(torch.finfo(torch.float32).tiny)
-        )
-        error = float((difference.amax(dim=-1) / scale).max())
-        n_slots = products.shape[1]
-        limit = max(1e-5, _coarsest(layer_out) * (2 + n_slots / 2))
-        if not error <= limit:
-            raise SlotSumError(
-                f"{self.where}: the slots' contributions do not sum to the layer's output: relative error {error:.1e}, "
-                f"over {limit:.1e}"
-            )
-
 
 def _through(point: HookPoint, value: Tensor, why_fixed: str | None = None) -> tuple[Tensor, bool]:
     """A value after its hook point, and whether what follows must be made from it anew: because it was edited, or
@@ -398,14 +370,6 @@ def _through(point: HookPoint, value: Tensor, why_fixed: str | None = None) -> t
     edited = point.n_edits != n_edits or (uncounted and not torch.equal(before, seen))
     carries_grad = point.is_listened_to and torch.is_grad_enabled() and value.requires_grad
     return seen, edited or (carries_grad and why_fixed is None)
-
-
-def _coarsest(value: Tensor) -> float:
-    """The spacing of the coarsest numbers that a value may have gone through: its own, or those of autocast."""
-    device, spacing = value.device.type, torch.finfo(value.dtype).eps
-    if not torch.is_autocast_enabled(device):
-        return spacing
-    return max(spacing, torch.finfo(torch.get_autocast_dtype(device)).eps)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
