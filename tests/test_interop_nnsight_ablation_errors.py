@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -81,6 +82,29 @@ def test_nonsense_raises_before_anything_runs(
     monkeypatch.setattr(type(lm._module), "forward", fail)
     monkeypatch.setattr(model.blocks[0], "forward", fail)
     assert_same_refusal(lm, model, *prompts("left"), item)
+
+
+def test_a_change_that_nothing_measured_could_show(traced: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's last token has no loss, and a logit is not changed by what comes after it."""
+    lm, (tokens, mask) = traced("olmoe"), prompts("right")
+    lengths = mask.sum(dim=1)
+    last = torch.zeros_like(mask, dtype=torch.bool)
+    last[torch.arange(len(mask)), lengths - 1] = True
+    both = last.clone()
+    both[0, 0] = True
+    # Not at every token that has a loss: where one row shows the change, the ablation is measured.
+    ablate(lm, tokens, [Ablate(ranks=1, pos=both)], attention_mask=mask)
+    ablate(
+        lm, tokens, [Ablate(ranks=1, pos=last)], attention_mask=mask, measure="logits", positions=lengths - 1
+    )
+    ablate(lm, tokens, [Ablate(ranks=1, pos=2)], attention_mask=mask, measure="logits", positions=2)
+    fail = lambda *args, **kwargs: pytest.fail("the model ran before the error")  # noqa: E731
+    monkeypatch.setattr(type(lm._module), "forward", fail)
+    with pytest.raises(ValueError, match="a row's last token has no loss") as raised:
+        ablate(lm, tokens, [Ablate(ranks=1), Ablate(ranks=1, pos=last)], attention_mask=mask)
+    assert "ablation 1: " in str(raised.value.__notes__)
+    with pytest.raises(ValueError, match="acts only at tokens after all that is measured"):
+        ablate(lm, tokens, [Ablate(ranks=1, pos=3)], attention_mask=mask, measure="logits", positions=2)
 
 
 def test_wrong_arguments(traced: Load, reference: Load, monkeypatch: pytest.MonkeyPatch) -> None:

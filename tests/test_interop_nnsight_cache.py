@@ -196,6 +196,7 @@ def test_traffic_is_what_was_planned(traced: Load, monkeypatch: pytest.MonkeyPat
 def test_nothing_is_sent_from_this_process(traced: Load) -> None:
     planned = plan(routing_cache, traced("olmoe"), prompts()[0], remote=False)
     assert (planned.bytes_up, planned.bytes_down, planned.host, planned.model_key) == (0, 0, None, None)
+    assert planned == plan(routing_cache, traced("olmoe"), prompts()[0], remote=False, verbose=True)
     assert "in this process" in str(planned)
 
 

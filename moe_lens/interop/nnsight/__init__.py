@@ -1,9 +1,12 @@
 """Routing values, exact decompositions and ablations of a model that is held in nnsight, here or on a server.
 
     from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoTokenizer
     from moe_lens.interop import nnsight as routing
 
-    lm = TransformersModel("Qwen/Qwen3-30B-A3B")                      # structure and tokenizer; no weights
+    name = "Qwen/Qwen3-30B-A3B"
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    lm = TransformersModel(name, task="text-generation", tokenizer=tokenizer)   # its structure; no weights
     print(routing.plan(routing.routing_cache, lm, text, remote=True)) # jobs, bytes, whether it is being served
     cache = routing.routing_cache(lm, text, names_filter=lambda name: name.endswith("router_logits"), remote=True)
 
@@ -45,7 +48,7 @@ def plan(
 
     Args:
         function: `routing_cache`, `router_logit_attrs`, ...
-        lm, args, settings: as the function takes them.
+        lm, args, settings: as the function takes them; `verbose` changes nothing here.
         remote: as the function takes it.
 
     Raises:
@@ -56,6 +59,7 @@ def plan(
     if function not in _PREPARED:
         names = ", ".join(known.__name__ for known in _PREPARED)
         raise TypeError(f"a plan is made for {names}, not for {function!r}")
+    settings.pop("verbose", None)
     return plan_of(lm, _PREPARED[function](lm, *args, **settings), remote)
 
 

@@ -127,6 +127,7 @@ def ablate_analysis(
     items = _items(specs)
     tokens, real = tokens_of(structure, text, attention_mask, prepend_bos)
     sent_measure, shape, columns = _measure_data(structure, measure, positions, real)
+    measured = _measured(real, columns)
     now = Run(real, 0, structure.cfg.n_layers, tokens)
     vectors = Vectors(now, structure.cfg.dtype)
     told, steps = [], [Step(inputs_of(tokens, real), {"layers": []})]
@@ -134,6 +135,7 @@ def ablate_analysis(
         try:
             interventions = Interventions(structure, item)
             interventions.begin(now)
+            _require_seen(item, real, measured)
             steps.append(Step(inputs_of(tokens, real), {"layers": layers_of(interventions, vectors)}))
         except (TypeError, ValueError) as error:
             error.add_note(_name(number, item))
@@ -214,9 +216,10 @@ def ablate(
     Raises:
         TypeError, UnsupportedCheckpoint: a model that is none of these; something that is no spec, or `RouterOnly`,
             which is not carried out in a trace.
-        ValueError: before anything runs, what makes no sense in this model or for these tokens, and specs that
-            contradict each other; a wrong `measure`, `positions` or `remote`. After it, what only the choice of the run
-            shows: too few experts left to choose from, `renormalize` that keeps none, an expert ablated by two specs.
+        ValueError: before anything runs, what makes no sense in this model or for these tokens, specs that contradict
+            each other, and ablations at tokens after all that is measured; a wrong `measure`, `positions` or `remote`.
+            After it, what only the choice of the run shows: too few experts left to choose from, `renormalize` that
+            keeps none, an expert ablated by two specs.
         UnfiredIntervention: a named expert is not active where it has to be, or not all that was asked for happened.
 
     Notes on these errors name the ablation.
@@ -290,6 +293,32 @@ def _measure_data(
         "tokens": [measure.correct, measure.incorrect],
     }
     return asked, torch.Size((n_rows,)), columns
+
+
+def _measured(
+    real: Bool[Tensor, "batch pos"], columns: Int[Tensor, " batch"] | None
+) -> Bool[Tensor, "batch pos"]:
+    """At which tokens something is measured: those with a next one, or a column of each row."""
+    if columns is None:
+        return real & torch.nn.functional.pad(real[:, 1:], (0, 1))
+    return torch.arange(real.shape[1]) == columns[:, None]
+
+
+def _require_seen(
+    item: tuple[Spec, ...], real: Bool[Tensor, "batch pos"], measured: Bool[Tensor, "batch pos"]
+) -> None:
+    """Raise for an ablation that acts only after everything that is measured.
+
+    Raises:
+        ValueError: no change could be seen.
+    """
+    acts = torch.stack([spec.places(real) for spec in item]).any(dim=0)
+    measured_from_here = measured.flip(1).cumsum(dim=1).flip(1) > 0
+    if not bool((acts & measured_from_here).any()):
+        raise ValueError(
+            "it acts only at tokens after all that is measured, so it would change nothing there: a row's last token "
+            "has no loss; measure='logits' or a LogitDifference reads it"
+        )
 
 
 def _check(interventions: Interventions, now: Run, found: dict[str, Any]) -> None:

@@ -129,7 +129,8 @@ def router_logit_attrs(
         ValueError: the receiver is no MoE layer; an unknown granularity; tokens that make no sense; more than
             `moe_lens.routing.attribution.DENSE_LIMIT` scores; a wrong `remote`: all before anything runs. A value
             at a real position that is not finite.
-        RuntimeError: a pattern that, computed again, does not make the model's z.
+        RuntimeError: a pattern that, computed again, does not make the model's z; on a server that gives this key no
+            weights, neurons, and an output bias in half precision (nnsight's RemoteError carries it).
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs" (ICLR 2026), eq. 8-11.
     """
@@ -239,7 +240,8 @@ def logit_attrs(
         ValueError: an unknown granularity; tokens or positions that make no sense, or hold nothing but padding; more
             than `moe_lens.routing.attribution.DENSE_LIMIT` scores; a wrong `remote`: all before anything runs. A value
             at a real position that is not finite.
-        RuntimeError: a pattern that, computed again, does not make the model's z.
+        RuntimeError: a pattern that, computed again, does not make the model's z; on a server that gives this key no
+            weights, neurons, and an output bias in half precision (nnsight's RemoteError carries it).
 
     Source: TransformerLens's `ActivationCache.logit_attrs`; "Interpretability in the Wild" (arXiv:2211.00593).
     """

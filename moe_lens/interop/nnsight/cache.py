@@ -14,7 +14,6 @@ from moe_lens.interop.nnsight.model import attention_facts, facts_of, inputs_of,
 from moe_lens.interop.nnsight.shipped.values import read_values
 from moe_lens.model.hooked_moe import HookedMoE
 
-
 INSIDE_ATTENTION = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
 """Hook points whose values are computed again, for which angles and mask travel."""
 
