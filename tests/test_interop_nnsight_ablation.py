@@ -220,10 +220,10 @@ def test_a_hundred_ablations_are_one_job(
         Ablate(ranks=rank, layers=layer, pos=pos)
         for rank in (1, 2, 3, 4)
         for layer in (0, 1, 2)
-        for pos in range(3, 9)
+        for pos in range(3, 8)
     ]
     items += [Ablate(e, layers=layer, inactive="allow") for e in range(8) for layer in (0, 1, 2)]
-    items += [TopK(k) for k in (1, 2, 3, 5)]
+    items += [TopK(k, layers=layer) for k in (1, 2, 3, 5) for layer in (None, 0, 1, 2)]
     assert len(items) == 100
 
     def planned() -> Any:
