@@ -74,7 +74,8 @@ def read_latent(attention: Any, facts: dict[str, Any], rotated: bool) -> dict[st
     nope, value = expanded.split((latent["d_nope"], facts["d_value"]), dim=-1)
     rope = repeat(compressed[..., latent["kv_rank"] :], "b p d -> b p head d", head=n_heads)
     key = torch.cat((nope, rope.to(nope.dtype)), dim=-1)
-    return {"q": query, "k": key, "v": value, "to_rotate_q": query, "to_rotate_k": key}
+    # In memory of its own: what is sent of a tensor is all the memory that it lies in.
+    return {"q": query, "k": key, "v": value.contiguous(), "to_rotate_q": query, "to_rotate_k": key}
 
 
 def rotate(x: Tensor, rotation: dict[str, Any]) -> Tensor:

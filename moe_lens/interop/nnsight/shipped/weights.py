@@ -96,14 +96,20 @@ def neurons_of(experts: Any, x: Tensor, indices: Tensor) -> dict[str, Tensor]:
     # Sorted by expert, so that each one's slots are read and written in one piece.
     by_expert = slots.argsort(stable=True)
     counts = slots.bincount(minlength=len(gate_up)).tolist()
-    made = []
+    made = {"hook_expert_pre": [], "hook_expert_pre_linear": [], "hook_expert_post": []}
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         inputs = x[by_expert // indices.shape[1]].split(counts)
         for expert in [expert for expert, count in enumerate(counts) if count]:
             pre, pre_linear = (inputs[expert] @ gate_up[expert].detach().T).chunk(2, dim=-1)
-            made.append(torch.stack((pre, pre_linear, experts.act_fn(pre) * pre_linear)))
-        by_expert_values = torch.cat(made, dim=1)
-    values = torch.empty_like(by_expert_values)
-    values[:, by_expert] = by_expert_values
-    pre, pre_linear, post = rearrange(values, "of (token k) d -> of token k d", k=indices.shape[1])
-    return {"hook_expert_pre": pre, "hook_expert_pre_linear": pre_linear, "hook_expert_post": post}
+            for of, part in zip(
+                made.values(), (pre, pre_linear, experts.act_fn(pre) * pre_linear), strict=True
+            ):
+                of.append(part)
+    # Each in memory of its own: what is sent of a tensor is all the memory that it lies in.
+    values = {}
+    for name, parts in made.items():
+        sorted_parts = torch.cat(parts)
+        value = torch.empty_like(sorted_parts)
+        value[by_expert] = sorted_parts
+        values[name] = rearrange(value, "(token k) d -> token k d", k=indices.shape[1])
+    return values
