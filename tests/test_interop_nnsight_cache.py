@@ -178,6 +178,15 @@ def test_plan_counts_what_comes_back(traced: Load, variant: str) -> None:
         assert (planned.jobs, planned.passes, planned.served) == (1, 1, None)
 
 
+@pytest.mark.parametrize("variant", [*FAMILIES, "deepseek_v2_groups"])
+def test_no_more_than_the_value_is_sent(traced: Load, model_of: Load, variant: str) -> None:
+    """A view would be sent with all the memory that it looks into."""
+    lm, (tokens, _) = traced(variant), prompts()
+    for name in [name for name in model_of(variant).hook_dict if not name.startswith("blocks.0")]:
+        value = routing_cache(lm, tokens, names_filter=name)[name]
+        assert value.untyped_storage().nbytes() == value.nbytes, name
+
+
 def test_traffic_is_what_was_planned(traced: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nnsight.CONFIG.API, "COMPRESS", False)
     lm, (tokens, _) = traced("olmoe"), prompts()
@@ -241,6 +250,77 @@ def test_changed_experts_are_refused(checkpoint: Callable[[str], Path]) -> None:
     experts.down_proj = torch.nn.Parameter(experts.down_proj.detach()[..., :-1].clone())
     with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj of .* must be a parameter"):
         routing_cache(lm, prompts()[0])
+
+
+class WithAdapter(torch.nn.Linear):
+    """What an adapter, or a quantised layer, does: its `weight` is not what it multiplies with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("variant", "parent", "name"),
+    [
+        ("olmoe", "model.layers.1.self_attn", "o_proj"),
+        ("olmoe", "", "lm_head"),
+        ("qwen2_moe_no_bias", "model.layers.1.mlp", "down_proj"),
+        ("qwen2_moe", "model.layers.0.mlp.shared_expert", "down_proj"),
+        ("deepseek_v2", "model.layers.1.mlp.shared_experts", "down_proj"),
+    ],
+)
+def test_weights_that_are_not_what_is_multiplied_with(
+    checkpoint: Callable[[str], Path], variant: str, parent: str, name: str
+) -> None:
+    lm: Any = traced_model(checkpoint(variant))
+    holder = lm._module.get_submodule(parent)
+    linear = getattr(holder, name)
+    setattr(holder, name, WithAdapter(linear.in_features, linear.out_features, bias=False))
+    with pytest.raises(ValueError, match=rf"{name} of .* must be a plain torch.nn.Linear.* is WithAdapter"):
+        routing_cache(lm, prompts()[0])
+
+
+def test_experts_in_another_format_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    lm: Any = traced_model(checkpoint("olmoe"))
+    experts = lm._module.model.layers[1].mlp.experts
+    packed = experts.down_proj.detach().to(torch.float8_e4m3fn)
+    experts.down_proj = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match=r"must be a parameter .* in floating point, and is .*float8_e4m3fn"):
+        routing_cache(lm, prompts()[0])
+
+
+def test_layers_elsewhere_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    lm: Any = traced_model(checkpoint("olmoe"))
+    del lm._module.model.layers[2].mlp
+    with pytest.raises(ValueError, match=r"has no model.layers.2 with self_attn and mlp"):
+        routing_cache(lm, prompts()[0])
+
+
+def test_a_model_in_training_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    """Its values would be random where it has dropout; one whose weights are not here yet will be loaded for use."""
+    lm = traced_model(checkpoint("olmoe"))
+    lm._module.train()
+    with pytest.raises(ValueError, match=r"is in training mode, .* call \.eval\(\)"):
+        routing_cache(lm, prompts()[0])
+    lazy = lazy_model(checkpoint("olmoe"))
+    assert lazy._module.training
+    routing_cache(lazy, prompts()[0], names_filter="hook_embed")
+    assert not lazy._module.training
+
+
+def test_inside_of_a_trace(traced: Load) -> None:
+    """An error there, which leaves nothing behind; in a session, which only groups runs, it runs."""
+    lm, (tokens, _) = traced("olmoe"), prompts()
+    with (
+        pytest.raises(RuntimeError, match=r"before or after `with lm\.trace"),
+        lm.trace({"input_ids": tokens}),
+    ):
+        routing_cache(lm, tokens, names_filter="hook_embed")
+    found = []
+    with lm.session():
+        found.append(routing_cache(lm, tokens, names_filter="hook_embed"))
+    expected = routing_cache(lm, tokens, names_filter="hook_embed")
+    assert torch.equal(found[0]["hook_embed"], expected["hook_embed"])
 
 
 def test_a_pattern_that_does_not_make_z_raises(checkpoint: Callable[[str], Path]) -> None:

@@ -113,7 +113,7 @@ _recorders: ContextVar[tuple[Traffic, ...]] = ContextVar("recorders", default=()
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Count what the analyses inside of this send and get.
+    """Count what the analyses inside of this send and get, in this thread.
 
     with traffic() as sent:
         router_logit_attrs(lm, text, receiver=5, remote=True)
@@ -288,10 +288,15 @@ def run(
 
     Raises:
         ValueError: `remote` is none of the four.
+        RuntimeError: inside of a trace of the same model, which has one run at a time.
         ConnectionError: the server does not answer (verbose only: the plan asks it).
         nnsight's RemoteError: what failed there.
     """
     host = host_of(remote)
+    if lm.interleaver.interleaving:
+        raise RuntimeError(
+            f"{analysis.name} makes traces of its own; call it before or after `with lm.trace(...)`, not inside of it"
+        )
     if verbose:
         print(plan_of(lm, analysis, remote))
     results = []

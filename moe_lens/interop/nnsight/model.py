@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from nnsight.intervention.serialization import dumps
 from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def structure_of(lm: TransformersModel) -> HookedMoE:
     Raises:
         TypeError: not an nnsight `TransformersModel`.
         UnsupportedCheckpoint: a model type or a config feature that is not implemented.
-        ValueError: the model's modules are not where its family has them (a wrapped or quantised model).
+        ValueError: the model's modules are not those that its family has (a wrapped, adapted or quantised model); it
+            is here in training mode.
     """
     if not isinstance(lm, TransformersModel):
         held = type(getattr(lm, "_module", lm)).__name__
@@ -46,6 +49,12 @@ def structure_of(lm: TransformersModel) -> HookedMoE:
         device=torch.device("cpu"),
     )
     _check_modules(module, cfg)
+    # A model that is not here yet says nothing of how it will run: transformers loads in evaluation mode.
+    if module.training and not any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"{cfg.model_name} is in training mode, where dropout and a router's noise make its values random; call "
+            f".eval() on the model first"
+        )
     with torch.device("meta"):
         structure = HookedMoE(cfg, lm.tokenizer).to(cfg.dtype)
     # Tokens are made on the CPU: the config says where.
@@ -59,9 +68,16 @@ def dtype_of(module: torch.nn.Module) -> torch.dtype:
 
 
 def _check_modules(module: Any, cfg: MoEConfig) -> None:
+    """Whether the weights that shipped functions read are what the model multiplies with."""
     for layer in range(cfg.n_layers):
-        mlp = module.get_submodule(f"model.layers.{layer}.mlp")
+        place = f"model.layers.{layer}"
+        try:
+            attention, mlp = (module.get_submodule(f"{place}.{name}") for name in ("self_attn", "mlp"))
+        except AttributeError as error:
+            raise ValueError(f"{cfg.model_name} has no {place} with self_attn and mlp: {error}") from error
+        _check_linear(attention, "o_proj", f"{place}.self_attn")
         if layer not in cfg.moe_layers:
+            _check_linear(mlp, "down_proj", f"{place}.mlp")
             continue
         wanted = {
             "gate.weight": (cfg.n_experts, cfg.d_model),
@@ -70,12 +86,43 @@ def _check_modules(module: Any, cfg: MoEConfig) -> None:
         }
         found = dict(mlp.named_parameters())
         for name, shape in wanted.items():
-            if name not in found or tuple(found[name].shape) != shape:
-                described = tuple(found[name].shape) if name in found else "missing"
+            if name not in found or tuple(found[name].shape) != shape or found[name].dtype not in _DTYPES:
+                described = (
+                    f"{tuple(found[name].shape)} in {found[name].dtype}" if name in found else "missing"
+                )
                 raise ValueError(
-                    f"model.layers.{layer}.mlp.{name} of {cfg.model_name} must be a parameter {shape}, and is "
+                    f"{place}.mlp.{name} of {cfg.model_name} must be a parameter {shape} in floating point, and is "
                     f"{described}: the model is quantised, wrapped, or of another version of transformers"
                 )
+        if cfg.shared is not None:
+            name = "shared_expert" if cfg.shared.gated else "shared_experts"
+            _check_linear(getattr(mlp, name, None), "down_proj", f"{place}.mlp.{name}")
+    _check_linear(module, "lm_head", "the model")
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_linear(parent: Any, name: str, place: str) -> None:
+    """A subclass may multiply with something else than its `weight`: with scales, with an adapter's besides."""
+    linear = getattr(parent, name, None)
+    if type(linear) is not torch.nn.Linear or linear.weight.dtype not in _DTYPES:
+        described = type(linear).__name__ if linear is not None else "missing"
+        if isinstance(linear, torch.nn.Linear):
+            described += f" in {linear.weight.dtype}"
+        raise ValueError(
+            f"{name} of {place} must be a plain torch.nn.Linear in floating point, and is {described}: the model is "
+            f"quantised, or has an adapter (merge it first)"
+        )
+
+
+def edits_of(lm: TransformersModel) -> list[str]:
+    """The edits that nnsight makes in every run of a model: of each its source, and a digest of it with its values."""
+    described = []
+    for edit in lm._edits:
+        source = edit.__getstate__()["reduced"][0].strip()
+        described.append(f"{source} [{hashlib.sha256(dumps(edit)).hexdigest()[:16]}]")
+    return described
 
 
 def facts_of(cfg: MoEConfig) -> dict[str, Any]:
