@@ -273,7 +273,9 @@ def test_the_worst_of_several_batches() -> None:
     """Whatever their order; of those that are broken the first says at which layer."""
     sizes = dict(documents={"lead": 2, "rest": 1}, tokens={"lead": 2, "rest": 5}, moments={})
     one = {**sizes, "errors": {"head": 0.2}, "ratios": {"head": 0.5}, "difference": 3.0, "broken": -1}
+    one["dtype"] = "float32"
     other = {**sizes, "errors": {"head": 0.1}, "ratios": {"head": 2.5}, "difference": 4.0, "broken": 7}
+    other["dtype"] = "float32"
     worst = {
         "documents": {"lead": 4, "rest": 2},
         "tokens": {"lead": 4, "rest": 10},
@@ -282,10 +284,13 @@ def test_the_worst_of_several_batches() -> None:
         "ratios": {"head": 2.5},
         "difference": 4.0,
         "broken": 7,
+        "dtype": "float32",
     }
     assert merge_results([one, other]) == merge_results([other, one]) == [worst]
     assert merge_results([other, one, {**one, "broken": 1}])[0]["broken"] == 7
     assert merge_results([one]) == [one]
+    with pytest.raises(ValueError, match="some batches ran in float32 and others in bfloat16"):
+        merge_results([one, {**other, "dtype": "bfloat16"}])
 
 
 # ---- guards ----
@@ -490,6 +495,30 @@ def test_provenance_says_what_is_known(checkpoint: Callable[[str], Path]) -> Non
     assert result.provenance["weights"] == (f"not read: those of {checkpoint('olmoe')}, revision not given")
 
 
+def edited_by(lm: Any, factor: float) -> Any:
+    """A copy of the model whose first MoE layer writes so many times what it did."""
+    with lm.edit() as (_, edited):
+        edited.model.layers[0].mlp.output = edited.model.layers[0].mlp.output * factor
+    return edited
+
+
+def test_provenance_names_edits(traced: Load, tmp_path: Path) -> None:
+    """So that numbers of an edited model are not added to those of another, nor go on with their state."""
+    lm, state = traced("olmoe"), tmp_path / "state"
+    plain = routing_contributions(lm, TEXTS, state=state)
+    doubled, again, tripled = (edited_by(lm, factor) for factor in (2.0, 2.0, 3.0))
+    results = [routing_contributions(model, TEXTS) for model in (doubled, again, tripled)]
+    edits = [result.provenance["edited"] for result in results]
+    assert plain.provenance["edited"] == []
+    assert len(edits[0]) == 1
+    assert "mlp.output * factor" in edits[0][0]
+    assert edits[0] == edits[1] != edits[2]
+    with pytest.raises(ValueError, match="of another run: edited was"):
+        routing_contributions(doubled, TEXTS, state=state)
+    with pytest.raises(ValueError, match="edited is"):
+        _ = plain + routing_contributions(doubled, ["other text of the same model"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_a_result_does_not_grow_with_its_corpus(
@@ -559,11 +588,13 @@ def test_half_precision_on_a_server(nnsight_server: Any, tmp_path: Path) -> None
     directory = write_checkpoint("qwen2_moe", tmp_path / "half", dtype=torch.bfloat16)
     write_tokenizer(directory)
     nnsight_server.add("half", directory, torch.bfloat16)
-    lm = client(directory, dtype=torch.bfloat16)
+    # Whatever precision the client believes it to be in.
+    lm = client(directory, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = routing_contributions(traced_model(directory, torch.bfloat16), corpus(), by=GRANULARITIES)
     got = routing_contributions(lm, corpus(), by=GRANULARITIES, remote=nnsight_server.url)
     for by, wanted in expected.items():
         assert got[by].senders[-1] == ROUNDING
+        assert got[by].provenance["dtype"] == wanted.provenance["dtype"] == "bfloat16"
         assert got[by].closes
         assert far(got[by], wanted, "norm") < 0.03

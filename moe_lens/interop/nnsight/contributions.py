@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_lens.interop.nnsight.contribution_results import Total, result_bytes, results_of
 from moe_lens.interop.nnsight.jobs import Analysis, Job, Remote, Step, host_of, run
-from moe_lens.interop.nnsight.model import facts_of, inputs_of, structure_of, tokens_of
+from moe_lens.interop.nnsight.model import edits_of, facts_of, inputs_of, structure_of, tokens_of
 from moe_lens.interop.nnsight.shipped.contributions import LEAD, LEFT_OUT, REST, measure_batch
 from moe_lens.interop.nnsight.shipped.moments import merge_results
 from moe_lens.routing import contributions as counterpart
@@ -99,7 +99,7 @@ def contributions_analysis(
         "dtype": str(cfg.dtype).removeprefix("torch."),
         "weights": None if ran is None else _weights(lm, ran),
         "ran": ran,
-        "edited": [],
+        "edited": edits_of(lm),
         "experts": experts if listed is None else list(listed),
         "source_axis": None,
         "lead_token": "the first token of a document"
@@ -123,6 +123,8 @@ def contributions_analysis(
             digest.add(tokens, mask)
         provenance = {
             **model_and_settings,
+            # As it ran: a server may hold the model in another precision than its config says.
+            "dtype": total.result["dtype"],
             "corpus": [corpus.description],
             "fingerprints": [digest.hexdigest()],
         }
@@ -193,7 +195,10 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
 
     Returns:
         What `moe_lens.routing.contributions.routing_contributions` gives of a HookedMoE. `provenance["ran"]` says where
-        it ran. There `provenance["weights"]` is a fingerprint where it ran in this process, of the parameters as
+        it ran, `provenance["dtype"]` in which precision, `provenance["edited"]` which edits of nnsight (`lm.edit`) were
+        made of the model meanwhile: the source of each, and a digest of it with its values; hooks of torch, that the
+        model in this process may have, are not known of. `provenance["weights"]` is a fingerprint where it ran in this
+        process, of the parameters as
         transformers names them; of weights on a server none can be made, and it says by which name and revision they
         were asked for. Results of different corpora can be added where these agree. The sender `rounding` is there in
         half precision, and so it is where a model in float32 runs under autocast; if its experts run in half precision

@@ -48,7 +48,8 @@ def measure_batch(
         `moments`, by `component/kind/position/population` (`active` only where it is not `all`); of `rounding` the
         kind is the granularity. `documents` and `tokens`, how many have or are lead and rest. `errors`, the largest
         miss of a sum of scores, and `ratios`, the largest rounding over its bound, by granularity. `difference`, the
-        largest between exact and model's logits. `broken`, the first layer whose scores are not finite, or -1.
+        largest between exact and model's logits. `broken`, the first layer whose scores are not finite, or -1. `dtype`,
+        the embedding's, where it ran.
     """
     receivers = asked["receivers"]
     wanted = "hook_embed"
@@ -117,6 +118,7 @@ def begun(lm: Any, eps: float, asked: dict[str, Any], classes: Tensor, embed: Te
         "sums": {
             by: [torch.zeros(len(real), len(rows[0]), device=device) for _ in rows] for by in asked["groups"]
         },
+        "dtype": str(embed.dtype).removeprefix("torch."),
         "half": embed.dtype if embed.dtype in HALF else None,
         "streams": {},
         "roundings": {},
@@ -402,6 +404,7 @@ def batch_result(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]
             "ratios": {by: float(torch.stack(r).max()) for by, r in found["ratios"].items() if r},
             "difference": float(torch.stack(found["differences"]).max()),
             "broken": broken[0] if broken else -1,
+            "dtype": found["dtype"],
         }
 
 

@@ -77,6 +77,10 @@ def merged_results(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]
     """The result of the documents of both."""
     if one["moments"].keys() != other["moments"].keys():
         raise ValueError("some batches ran in half precision and others did not, so they cannot be averaged")
+    if one["dtype"] != other["dtype"]:
+        raise ValueError(
+            f"some batches ran in {one['dtype']} and others in {other['dtype']}, so they cannot be averaged"
+        )
     return {
         "moments": {
             key: merged_moments(moments, other["moments"][key]) for key, moments in one["moments"].items()
@@ -91,4 +95,5 @@ def merged_results(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]
         },
         "difference": max(one["difference"], other["difference"]),
         "broken": one["broken"] if one["broken"] >= 0 else other["broken"],
+        "dtype": one["dtype"],
     }
