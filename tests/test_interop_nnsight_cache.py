@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from moe_lens import HookedMoE
 from moe_lens.converters import UnsupportedCheckpoint
-from moe_lens.interop.nnsight import plan, routing_cache, traffic
+from moe_lens.interop.nnsight import plan, routing_cache, routing_contributions, traffic
 from moe_lens.interop.nnsight.model import structure_of
 from tests.families import FAMILIES, PLAIN_VARIANTS, prompts
 from tests.nnsight_cases import lazy_model, traced_model
@@ -207,6 +207,16 @@ def test_nothing_is_sent_from_this_process(traced: Load) -> None:
     assert (planned.bytes_up, planned.bytes_down, planned.host, planned.model_key) == (0, 0, None, None)
     assert planned == plan(routing_cache, traced("olmoe"), prompts()[0], remote=False, verbose=True)
     assert "in this process" in str(planned)
+
+
+def test_a_plan_takes_what_the_function_takes(traced: Load) -> None:
+    lm, (tokens, _) = traced("olmoe"), prompts()
+    asked = dict(names_filter="hook_embed", remote="local")
+    planned = plan(routing_cache, lm, tokens, verbose=True, **asked)
+    assert planned.bytes_down == plan(routing_cache, lm, tokens, **asked).bytes_down
+    assert plan(routing_contributions, lm, tokens, verbose=False, remote="local").jobs == 1
+    with pytest.raises(TypeError, match=r"routing_cache: .* 'name_filter'"):
+        plan(routing_cache, lm, tokens, name_filter="hook_embed")
 
 
 # ---- refusals ----

@@ -14,6 +14,7 @@ What is computed is computed inside the trace, so that only scores or statistics
 `moe_lens.interop.nnsight.jobs` says where `remote=` runs a thing, `moe_lens.interop.nnsight.shipped` what travels.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -52,13 +53,18 @@ def plan(
         remote: as the function takes it.
 
     Raises:
-        TypeError: not a function of this module.
+        TypeError: not a function of this module; an argument that it does not take.
         ConnectionError: a server is asked, and does not answer.
         Others: as the function raises before it runs.
     """
     if function not in _PREPARED:
         names = ", ".join(known.__name__ for known in _PREPARED)
         raise TypeError(f"a plan is made for {names}, not for {function!r}")
+    try:
+        inspect.signature(function).bind(lm, *args, **settings)
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}: {error}") from error
+    # Whether the function would print its plan is no part of one.
     settings.pop("verbose", None)
     return plan_of(lm, _PREPARED[function](lm, *args, **settings), remote)
 

@@ -288,14 +288,15 @@ def run(
 
     Raises:
         ValueError: `remote` is none of the four.
-        RuntimeError: inside of a trace of the same model, which has one run at a time.
+        RuntimeError: a trace of the same model is running, around the call or in another thread.
         ConnectionError: the server does not answer (verbose only: the plan asks it).
         nnsight's RemoteError: what failed there.
     """
     host = host_of(remote)
     if lm.interleaver.interleaving:
         raise RuntimeError(
-            f"{analysis.name} makes traces of its own; call it before or after `with lm.trace(...)`, not inside of it"
+            f"{analysis.name} makes traces of its own, and one of this model is running; call it before or after "
+            f"`with lm.trace(...)`, not inside of it, and one at a time, whatever the threads"
         )
     if verbose:
         print(plan_of(lm, analysis, remote))
