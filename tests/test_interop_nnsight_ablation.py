@@ -18,6 +18,7 @@ from moe_lens.interop.nnsight import ablate, plan, traffic
 from moe_lens.interop.nnsight.ablation import ablate_analysis
 from moe_lens.interop.nnsight.model import facts_of
 from moe_lens.interop.nnsight.shipped import choice
+from moe_lens.interop.nnsight.shipped.ablations import change_layer
 from moe_lens.interventions import (
     Ablate,
     ForbidExperts,
@@ -353,3 +354,17 @@ def test_through_a_server(
         assert_as_hooked_moe(lm, model, tokens, mask, items, remote=nnsight_server.url)
     assert sent.jobs == len(nnsight_server.jobs()) - before == 1
     assert next(iter(lm._module.parameters())).is_meta
+
+
+def test_slots_that_come_unsorted_stay_so(traced: Load) -> None:
+    """At tokens that are not touched; topk(sorted=False) happens to sort on a CPU, so no model here shows it."""
+    lm, (tokens, _) = traced("olmoe"), prompts(batch=1, length=4)
+    job = ablate_analysis(lm, tokens, [Ablate(ranks=1, layers=1, pos=2)]).jobs[0]
+    (layer,) = job.steps[1].arguments["layers"]
+    given = torch.tensor([[5, 1, 7, 0]] * 4)
+    weights = torch.tensor([[0.1, 0.4, 0.2, 0.3]] * 4)
+    real = torch.ones(4, dtype=torch.bool)
+    changed = change_layer(None, given, weights, layer["specs"], real, job.arguments["facts"], None)
+    assert changed["indices"].tolist() == [[5, 1, 7, 0], [5, 1, 7, 0], [1, 0, 7, 5], [5, 1, 7, 0]]
+    assert torch.equal(changed["weights"][[0, 1, 3]], weights[[0, 1, 3]])
+    assert_same(changed["weights"][2], torch.tensor([0.0, 0.3, 0.2, 0.1]))

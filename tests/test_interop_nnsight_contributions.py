@@ -495,6 +495,15 @@ def test_provenance_says_what_is_known(checkpoint: Callable[[str], Path]) -> Non
     assert result.provenance["weights"] == (f"not read: those of {checkpoint('olmoe')}, revision not given")
 
 
+def test_batches_of_another_shape_are_others(traced: Load, tmp_path: Path, runs: list[int]) -> None:
+    """Though they hold the same tokens in the same order."""
+    lm, (tokens, _) = traced("olmoe"), prompts(batch=2, length=8)
+    routing_contributions(lm, tokens, state=tmp_path / "state")
+    with pytest.raises(ValueError, match="its batches were others"):
+        routing_contributions(lm, tokens.reshape(4, 4), state=tmp_path / "state")
+    assert runs == [1]
+
+
 def edited_by(lm: Any, factor: float) -> Any:
     """A copy of the model whose first MoE layer writes so many times what it did."""
     with lm.edit() as (_, edited):
