@@ -35,6 +35,7 @@ from tests.nnsight_ablations import (
     changes_of,
     expected_loss,
 )
+from tests.nnsight_cases import traced_model
 from tests.nnsight_server import client
 
 Load = Callable[[str], Any]
@@ -105,6 +106,17 @@ def test_a_change_that_nothing_measured_could_show(traced: Load, monkeypatch: py
     assert "ablation 1: " in str(raised.value.__notes__)
     with pytest.raises(ValueError, match="acts only at tokens after all that is measured"):
         ablate(lm, tokens, [Ablate(ranks=1, pos=3)], attention_mask=mask, measure="logits", positions=2)
+
+
+def test_values_that_are_not_finite_raise(checkpoint: Callable[[str], Path]) -> None:
+    """NaN stands for padding alone."""
+    lm, (tokens, mask) = traced_model(checkpoint("olmoe")), prompts("right")
+    with torch.no_grad():
+        lm._module.model.layers[1].mlp.experts.down_proj[3] = torch.nan
+    spec = Ablate("M1E3", inactive="allow")
+    for measure, positions in (("loss", None), ("logits", 4), (LogitDifference(5, 6), 4)):
+        with pytest.raises(ValueError, match="the clean run's values hold values that are not finite"):
+            ablate(lm, tokens, [spec], attention_mask=mask, measure=measure, positions=positions)
 
 
 def test_wrong_arguments(traced: Load, reference: Load, monkeypatch: pytest.MonkeyPatch) -> None:

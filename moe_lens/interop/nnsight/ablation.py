@@ -23,6 +23,7 @@ from moe_lens.interventions.spec import RouterOnly
 from moe_lens.interventions.spec_base import Spec
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.observers import Run
+from moe_lens.routing.attribution import require_finite
 from moe_lens.routing.score_maps import position_columns
 
 Measure = Literal["loss", "logits"] | LogitDifference
@@ -157,9 +158,11 @@ def ablate_analysis(
 
     def finish(results: list[list[Any]]) -> AblationResults:
         clean, *ablated = results[0]
+        require_finite(_there(clean["values"], measured, columns), "the clean run's values")
         for number, (interventions, found) in enumerate(zip(told, ablated, strict=True)):
             try:
                 _check(interventions, now, found)
+                require_finite(_there(found["values"], measured, columns), "its values")
             except (RuntimeError, ValueError) as error:
                 error.add_note(_name(number, items[number]))
                 raise
@@ -219,7 +222,7 @@ def ablate(
         ValueError: before anything runs, what makes no sense in this model or for these tokens, specs that contradict
             each other, and ablations at tokens after all that is measured; a wrong `measure`, `positions` or `remote`.
             After it, what only the choice of the run shows: too few experts left to choose from, `renormalize` that
-            keeps none, an expert ablated by two specs.
+            keeps none, an expert ablated by two specs; and a loss or logit that is not finite.
         UnfiredIntervention: a named expert is not active where it has to be, or not all that was asked for happened.
 
     Notes on these errors name the ablation.
@@ -302,6 +305,15 @@ def _measured(
     if columns is None:
         return real & torch.nn.functional.pad(real[:, 1:], (0, 1))
     return torch.arange(real.shape[1]) == columns[:, None]
+
+
+def _there(
+    values: Float[Tensor, "*place"],
+    measured: Bool[Tensor, "batch pos"],
+    columns: Int[Tensor, " batch"] | None,
+) -> Float[Tensor, "*place"]:
+    """The values where something is measured: losses at padding are NaN."""
+    return values[measured[:, :-1].to(values.device)] if columns is None else values
 
 
 def _require_seen(

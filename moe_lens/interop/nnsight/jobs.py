@@ -4,7 +4,7 @@ An *analysis* is one or more jobs and what is made of their results; a *job* is 
 server runs as one request. With `remote=` every analysis runs in one of four places:
 
     False     in this process; nnsight loads the weights if they are not there
-    "local"   in this process, from what would be sent, with the modules hidden that a server lacks
+    "local"   in this process, from what would be sent
     True      on the server that nnsight is configured for (`nnsight.CONFIG.API.HOST`)
     a URL     on that server
 """
@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 import nnsight
 import torch
+from huggingface_hub.errors import HFValidationError
 from nnsight import CONFIG
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
@@ -103,6 +104,12 @@ class Traffic:
     bytes_up: int = 0
     bytes_down: int = 0
 
+    def add(self, other: Traffic) -> None:
+        """Count what another has counted."""
+        self.jobs += other.jobs
+        self.bytes_up += other.bytes_up
+        self.bytes_down += other.bytes_down
+
     def __str__(self) -> str:
         jobs = f"{self.jobs} job{'' if self.jobs == 1 else 's'}"
         return f"{jobs}, {self.bytes_up:,} bytes up, {self.bytes_down:,} bytes down"
@@ -171,7 +178,7 @@ def plan_of(lm: TransformersModel, analysis: Analysis[Any], remote: Remote) -> P
     left = [job for i, job in enumerate(analysis.jobs) if i not in analysis.kept]
     return Plan(
         analysis=analysis.name,
-        model_key=None if host is None else lm.to_model_key(),
+        model_key=None if host is None else model_key_of(lm),
         jobs=len(left),
         passes=sum(len(job.steps) for job in left),
         bytes_up=sum(payload_bytes(lm, job) for job in left) if remote else 0,
@@ -196,6 +203,21 @@ def host_of(remote: Remote) -> str | None:
     raise ValueError(f"remote={remote!r} must be False, True, 'local' or the URL of a server")
 
 
+def model_key_of(lm: TransformersModel) -> str:
+    """The name under which a server knows a model.
+
+    Raises:
+        ValueError: it was made from a folder, of which no server knows.
+    """
+    try:
+        return lm.to_model_key()
+    except HFValidationError as error:
+        raise ValueError(
+            f"a server knows a model by its name on the Hugging Face hub, and this one was made from {lm.repo_id!r}; "
+            f"remote=False or 'local' runs it here"
+        ) from error
+
+
 def is_served(lm: TransformersModel, host: str) -> bool:
     """Whether a server runs the model now.
 
@@ -208,7 +230,7 @@ def is_served(lm: TransformersModel, host: str) -> bool:
         deployments = response.json().get("deployments", {})
     except (httpx.HTTPError, ValueError) as error:
         raise ConnectionError(f"{host} does not say which models it serves: {error}") from error
-    key = lm.to_model_key()
+    key = model_key_of(lm)
     return any(
         (entry.get("model_key") or name) == key and entry.get("application_state") == "RUNNING"
         for name, entry in deployments.items()
@@ -284,7 +306,7 @@ def run(
 
     Args:
         remote: see this module.
-        verbose: print the plan first, and nnsight's own messages.
+        verbose: print the plan first, nnsight's own messages, and after each job what it sent and got.
 
     Raises:
         ValueError: `remote` is none of the four.
@@ -308,19 +330,22 @@ def run(
         counted = Traffic(jobs=1 if remote else 0)
         if host is not None:
             backend = _CountedRemote(
-                lm.to_model_key(), counted, host=host, env=lm._remoteable_get_env(), verbose=verbose
+                model_key_of(lm), counted, host=host, env=lm._remoteable_get_env(), verbose=verbose
             )
         else:
             backend = _CountedLocal(lm, counted) if remote == "local" else None
-        # Shipped functions give no gradients; without them the model keeps nothing for a backward pass either.
-        with torch.no_grad():
-            results.append(_session(lm, job, backend))
-        if remote == "local":
-            counted.bytes_down += _stored_bytes(results[-1])
-        for recorder in _recorders.get():
-            recorder.jobs += counted.jobs
-            recorder.bytes_up += counted.bytes_up
-            recorder.bytes_down += counted.bytes_down
+        try:
+            # Shipped functions give no gradients; without them the model keeps nothing for a backward pass either.
+            with torch.no_grad():
+                results.append(_session(lm, job, backend))
+            if remote == "local":
+                counted.bytes_down += _stored_bytes(results[-1])
+        finally:
+            # What was sent for a job that failed was sent as well.
+            for recorder in _recorders.get():
+                recorder.add(counted)
+        if verbose and remote:
+            print(f"{analysis.name}, job {number + 1} of {len(analysis.jobs)}: {counted}")
         if analysis.keep is not None:
             analysis.keep(number, results[-1])
     return analysis.finish(results)

@@ -54,7 +54,7 @@ def measure_batch(
     receivers = asked["receivers"]
     wanted = "hook_embed"
     embed = read_values(lm, facts, [wanted], shape)[wanted]
-    found = begun(lm, facts["eps"], asked, classes, embed)
+    found = begun(lm, asked, classes, embed)
     component_ran(found, asked, "embed", {wanted: at_tokens(embed, found)}, None, None)
     for layer in range(receivers[-1] + 1):
         prefix = f"blocks.{layer}."
@@ -96,7 +96,7 @@ def points_of(layer: int, facts: dict[str, Any], asked: dict[str, Any]) -> list[
     return [f"blocks.{layer}.{point}" for point in points]
 
 
-def begun(lm: Any, eps: float, asked: dict[str, Any], classes: Tensor, embed: Tensor) -> dict[str, Any]:
+def begun(lm: Any, asked: dict[str, Any], classes: Tensor, embed: Tensor) -> dict[str, Any]:
     """What a batch has gathered before anything has run. All of it is on the embedding's device."""
     device = embed.device
     classes = classes.to(device)
@@ -104,9 +104,9 @@ def begun(lm: Any, eps: float, asked: dict[str, Any], classes: Tensor, embed: Te
     rows, gains = [], []
     for receiver in asked["receivers"]:
         layer = lm.model.layers[receiver]
-        row = readout_of(layer, eps, embed)
+        row = readout_of(layer, embed)
         rows.append(row if asked["experts"] is None else row[asked["experts"]])
-        gains.append(gain_of(layer.post_attention_layernorm, eps, embed))
+        gains.append(gain_of(layer.post_attention_layernorm, embed))
     return {
         "real": real,
         "classes": classes.flatten()[real],

@@ -43,7 +43,7 @@ def router_scores(
         `rounding_ratio` `[batch, pos]`, the largest over coordinates.
     """
     embed = read_values(lm, facts, ["hook_embed"], shape)["hook_embed"]
-    readout = readout_of(lm.model.layers[receiver], facts["eps"], embed)
+    readout = readout_of(lm.model.layers[receiver], embed)
     scores, written = read_senders(lm, facts, groups, shape, embed, None, readout)
 
     prefix = f"blocks.{receiver}."
@@ -80,7 +80,7 @@ def token_scores(
     norm, embed = lm.model.norm, read_values(lm, facts, ["hook_embed"], shape)["hook_embed"]
     rows = rows_of(lm.lm_head, tokens, embed)
     subtracted = None if incorrect is None else rows_of(lm.lm_head, incorrect, embed)
-    gain = gain_of(norm, facts["eps"], embed)
+    gain = gain_of(norm, embed)
     directions = gain * (rows if subtracted is None else rows - subtracted)
     scores, written = read_senders(lm, facts, groups, shape, embed, columns, directions)
 

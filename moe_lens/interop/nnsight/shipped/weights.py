@@ -2,13 +2,12 @@
 
 A server may run a block beside the model's weights, or, for a key that it does not trust, in a process of its own.
 There every parameter has a shape and no values, and products with it are silently nothing; but modules can be called. A
-linear map is what it makes of the identity, and a norm's gain what it makes of ones, exactly: each product is with 1 or
-0. What no call gives, neurons, raises.
+linear map is what it makes of the identity, and a norm's gain what it makes of a constant, exactly: each product is
+with 1 or 0. What no call gives, neurons, raises.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ def matrix_of(linear: Any, like: Tensor) -> Tensor:
     """A linear module's (or a router's) weight, `[out, in]`, in float32 on the device of `like`.
 
     Args:
-        like: a value in the dtype that the module is given.
+        like: a value in the dtype that the module is given; a module without weights may not say it.
     """
     weight = linear.weight
     if not weight.is_meta:
@@ -50,20 +49,20 @@ def bias_of(linear: Any, like: Tensor) -> Tensor | None:
         return linear(zero)[0].detach().float()
 
 
-def gain_of(norm: Any, eps: float, like: Tensor) -> Tensor:
-    """An RMSNorm's gain in float32 on the device of `like`, which is in the dtype that the norm is given."""
+def gain_of(norm: Any, like: Tensor) -> Tensor:
+    """An RMSNorm's gain in float32 on the device of `like`; eps is far below 1."""
     weight = norm.weight
     if not weight.is_meta:
         return weight.detach().to(like.device).float()
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        made = norm(torch.ones(1, weight.shape[0], dtype=like.dtype, device=like.device))[0].detach().float()
-        # What is multiplied with the gain, as the norm rounds it: 1 in half precision.
-        return made / torch.tensor(1 / math.sqrt(1 + eps)).to(like.dtype).float().to(made.device)
+        # Large beside eps, so that x / sqrt(mean(x^2) + eps) is 1 to the last bit.
+        large = torch.full((1, weight.shape[0]), 1024.0, dtype=like.dtype, device=like.device)
+        return norm(large)[0].detach().float()
 
 
-def readout_of(layer: Any, eps: float, like: Tensor) -> Tensor:
+def readout_of(layer: Any, like: Tensor) -> Tensor:
     """What a layer's router reads of the residual stream, `[expert, d_model]`: its weights times the norm's gain."""
-    return matrix_of(layer.mlp.gate, like) * gain_of(layer.post_attention_layernorm, eps, like)
+    return matrix_of(layer.mlp.gate, like) * gain_of(layer.post_attention_layernorm, like)
 
 
 def expert_outputs(experts: Any, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
