@@ -74,8 +74,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def ablations() -> list[Ablate]:
-    """Slots of the choice at the last token: each is active whatever the weights."""
-    return [Ablate(ranks=1 + i % 4, layers=i // 4, pos=-1) for i in range(N_ABLATIONS)]
+    """Slots of the choice at one token: each is active whatever the weights."""
+    return [Ablate(ranks=1 + i % 4, layers=i // 4, pos=60) for i in range(N_ABLATIONS)]
 
 
 def agree(name: str, ours: Tensor, expected: Tensor) -> None:
@@ -225,7 +225,7 @@ def print_bytes(name: str, settings: dict[str, Any]) -> None:
     for by in ("layer", "head", "expert"):
         needed = attribution_hooks(structure, routers, by=by)
         line(f"contributions by {by}", needed, in_nnsight.routing_contributions, tokens, by=by)
-    specs = [Ablate(ranks=1 + i % 8, layers=i % 16, pos=-1) for i in range(100)]
+    specs = [Ablate(ranks=1 + i % 8, layers=i % 16, pos=60) for i in range(100)]
     line("100 ablations", None, in_nnsight.ablate, tokens, specs)
 
 
