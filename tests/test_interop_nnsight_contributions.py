@@ -348,12 +348,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mask": (dict(attention_mask=torch.ones(1, 2)), "attention_mask goes with tokens"),
     "batch size": (dict(batch_size=0), "batch_size=0 must be positive"),
     "job size": (dict(batches_per_job=0), "batches_per_job=0 must be positive"),
-    "nothing": (dict(texts=[]), "nothing to average over"),
+    "nothing": (dict(batches_or_texts=[]), "nothing to average over"),
     "empty row": (
-        dict(texts=[(torch.ones(2, 2).long(), torch.tensor([[1, 1], [0, 0]]))]),
+        dict(batches_or_texts=[(torch.ones(2, 2).long(), torch.tensor([[1, 1], [0, 0]]))]),
         "row 1 of attention_mask has no real token",
     ),
-    "vocabulary": (dict(texts=torch.full((1, 3), 128)), "beyond the vocabulary"),
+    "vocabulary": (dict(batches_or_texts=torch.full((1, 3), 128)), "beyond the vocabulary"),
     "folder": (dict(state="nowhere/state"), "there is no folder"),
     "remote": (dict(remote="everywhere"), "remote='everywhere' must be"),
 }
@@ -364,9 +364,9 @@ def test_errors_before_anything_runs(
     checkpoint: Callable[[str], Path], runs: list[int], settings: dict[str, Any], message: str
 ) -> None:
     lm = lazy_model(checkpoint("deepseek_v2"))
-    settings = {"texts": ["A text"], **settings}
+    settings = {"batches_or_texts": ["A text"], **settings}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        routing_contributions(lm, settings.pop("texts"), **settings)
+        routing_contributions(lm, **settings)
     assert runs == []
 
 
@@ -380,8 +380,8 @@ def test_settings_of_the_counterpart_are_served_or_refused() -> None:
     ours = set(inspect.signature(routing_contributions).parameters)
     its = set(inspect.signature(counterpart.routing_contributions).parameters)
     refused = {"rank_shift", "source_axis", "max_positions", "memory_budget", "save_every"}
-    assert its - ours == {"model", "batches_or_texts", *refused}
-    assert ours - its == {"lm", "texts", "batches_per_job", "remote", "others"}
+    assert its - ours == {"model", *refused}
+    assert ours - its == {"lm", "batches_per_job", "remote", "others"}
 
 
 # ---- states, sums and bytes ----

@@ -39,7 +39,7 @@ Results = RoutingContributions | dict[str, RoutingContributions]
 
 def contributions_analysis(
     lm: TransformersModel,
-    texts: Batches,
+    batches_or_texts: Batches,
     *,
     by: str | Sequence[str] = "layer",
     receivers: Sequence[int] | None = None,
@@ -62,7 +62,7 @@ def contributions_analysis(
     left_out = None if bos_is_lead else bos_id(structure)
     if operator.index(batches_per_job) < 1:
         raise ValueError(f"batches_per_job={batches_per_job} must be positive")
-    corpus = corpus_of(structure, texts, attention_mask, batch_size)
+    corpus = corpus_of(structure, batches_or_texts, attention_mask, batch_size)
     batches = [tokens_of(structure, tokens, mask) for tokens, mask in corpus]
     steps = [_step(tokens, mask, left_out) for tokens, mask in batches]
     if not any(bool((step.arguments["classes"] == LEAD).any()) for step in steps):
@@ -138,15 +138,15 @@ def contributions_analysis(
 
 @overload
 def routing_contributions(
-    lm: TransformersModel, texts: Batches, *, by: str = "layer", **settings: Any
+    lm: TransformersModel, batches_or_texts: Batches, *, by: str = "layer", **settings: Any
 ) -> RoutingContributions: ...
 @overload
 def routing_contributions(
-    lm: TransformersModel, texts: Batches, *, by: Sequence[str], **settings: Any
+    lm: TransformersModel, batches_or_texts: Batches, *, by: Sequence[str], **settings: Any
 ) -> dict[str, RoutingContributions]: ...
 def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     lm: TransformersModel,
-    texts: Batches,
+    batches_or_texts: Batches,
     *,
     by: str | Sequence[str] = "layer",
     receivers: Sequence[int] | None = None,
@@ -173,7 +173,7 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     Args:
         lm: an nnsight `TransformersModel` of one of the five families; its weights need not be here where it runs
             remotely.
-        texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
+        batches_or_texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
             `corpus.token_batches` gives; or any iterable of batches, each tokens `[batch, pos]` or a tuple of tokens,
             the mask of real ones (or None), and whatever else, which is not read. Every row is one document.
         by: `"layer"`, `"head"` or `"expert"` (see `moe_lens.routing.senders`); several give a dict of results from one
@@ -216,7 +216,7 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     host = host_of(remote)
     analysis = contributions_analysis(
         lm,
-        texts,
+        batches_or_texts,
         by=by,
         receivers=receivers,
         experts=experts,
