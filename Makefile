@@ -39,6 +39,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/census.py
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/interop.py
+	$(BIN)/python benchmarks/peers.py
 
 # torch first and pinned, so that nothing pulls another build of it.
 $(VENV)/installed: pyproject.toml constraints.txt
