@@ -9,12 +9,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from nnsight import NNsight
 from torch import Tensor
 
 from moe_lens import HookedMoE
+from moe_lens.audit import census
+from moe_lens.interventions import RouterOnly, run_with_interventions, silence
 from tests.families import FAMILIES, VARIANTS, prompts
 from tests.reference import Cache, assert_same, reference_cache, reference_run
 
@@ -392,3 +395,37 @@ def test_nnsight_edits(checkpoint: Any, hf: Any, variant: str, point: str) -> No
         traced.get(name).output[:] = edit(traced.get(name).output.detach().clone())
         logits = traced.output.save()
     assert_same(logits.detach(), expected, f"logits after an edit of {name} in place")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["olmoe", "qwen2_moe"])
+@torch.no_grad()
+def test_a_model_that_nnsight_has_wrapped_is_still_itself(
+    checkpoint: Any, variant: str, dtype: torch.dtype
+) -> None:
+    """nnsight's wrapping is permanent; what copies modules (replay, routers silenced, a float32 twin) sees past it."""
+    model = HookedMoE.from_pretrained(checkpoint(variant), dtype=dtype, device="cpu", verbose=False)
+    tokens, _ = prompts()
+    _, cache = model.run_with_cache(tokens, names_filter="blocks.0.mlp.hook_expert_indices")
+    expert = int(cache["blocks.0.mlp.hook_expert_indices"][0, 1, 0])
+
+    def answers() -> dict[str, Any]:
+        table = census(model, tokens[:, :6]).to_pandas()
+        routers = RouterOnly("A0", receivers=(1, 2), hold_outputs=True)
+        losses, receipt = run_with_interventions(model, tokens, routers, return_type="loss")
+        silenced = silence(model, tokens, f"M0E{expert}", by="layer").to_frame()
+        return {"census": table, "loss": losses, "receipt": receipt.to_frame(), "silence": silenced}
+
+    before = answers()
+    NNsight(model)
+    assert "__nnsight__" in model.blocks[0].mlp.__dict__
+    after = answers()
+    # Every point counts as listened to, so attention is written out: other roundings, and other choices in bfloat16.
+    torch.testing.assert_close(
+        after["loss"], before["loss"], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0
+    )
+    assert list(after["receipt"].fired) == list(before["receipt"].fired)
+    for name in ("census", "silence"):
+        assert before[name].shape == after[name].shape
+        if dtype == torch.float32:
+            pd.testing.assert_frame_equal(before[name], after[name], rtol=1e-4, atol=1e-5)

@@ -222,8 +222,10 @@ def test_a_plan_takes_what_the_function_takes(traced: Load) -> None:
 # ---- refusals ----
 
 
-def test_refusals(traced: Load, model_of: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(traced: Load, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """One error that names the thing, before the model runs."""
+    # Of its own: nnsight's wrapping is permanent.
+    fresh = HookedMoE.from_pretrained(checkpoint("olmoe"), device="cpu", verbose=False)
     lm, (tokens, _) = traced("olmoe"), prompts()
     monkeypatch.setattr(
         type(lm._module), "forward", lambda *args, **kwargs: pytest.fail("the model ran before the error")
@@ -242,7 +244,7 @@ def test_refusals(traced: Load, model_of: Load, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(TypeError, match="a plan is made for routing_cache"):
         plan(len, lm, tokens)
     with pytest.raises(TypeError, match="its own methods do the rest"):
-        routing_cache(NNsight(model_of("olmoe")), tokens)
+        routing_cache(NNsight(fresh), tokens)
     with pytest.raises(TypeError, match="an nnsight TransformersModel is wanted, not Linear"):
         routing_cache(torch.nn.Linear(2, 2), tokens)  # type: ignore[arg-type]
 

@@ -84,6 +84,10 @@ Module = TypeVar("Module", bound=nn.Module)
 def with_own_hook_points(module: Module) -> Module:
     """The same module on the same weights, with hook points of its own: whoever listens hears nothing of its runs."""
     twin = copy.copy(module)
+    if _NNSIGHT_STATE in twin.__dict__:
+        # What nnsight put on the module runs that module's forward, hook points and all, also on a copy of it.
+        twin.__dict__.pop(_NNSIGHT_STATE)
+        twin.__dict__.pop("forward", None)
     twin._modules = {
         name: HookPoint(
             child.pos_dim or 1, shares_memory=child.shares_memory, may_change_shape=child.may_change_shape
