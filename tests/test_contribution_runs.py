@@ -507,7 +507,10 @@ def test_what_is_saved_is_plain(model_of: Load, tmp_path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             assert list(file.metadata()) == ["facts"]
             assert isinstance(json.loads(file.metadata()["facts"]), dict)
-    source = "".join(p.read_text() for p in Path("moe_lens").rglob("*.py"))
+    # A server's answers are pickled: these two measure them, and read them as plain values (test_interop_nnsight_received).
+    protocol = [Path("moe_lens/interop/nnsight") / name for name in ("jobs.py", "received.py")]
+    assert all(path.is_file() for path in protocol)
+    source = "".join(p.read_text() for p in Path("moe_lens").rglob("*.py") if p not in protocol)
     assert not any(name in source for name in ("import pickle", "torch.load", "torch.save", "np.load"))
 
 
