@@ -507,7 +507,7 @@ def test_what_is_saved_is_plain(model_of: Load, tmp_path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             assert list(file.metadata()) == ["facts"]
             assert isinstance(json.loads(file.metadata()["facts"]), dict)
-    # A server's answers are pickled: these two measure them, and read them as plain values (test_interop_nnsight_received).
+    # A server's answers are pickled; these two measure them, and read them as plain values alone.
     protocol = [Path("moe_lens/interop/nnsight") / name for name in ("jobs.py", "received.py")]
     assert all(path.is_file() for path in protocol)
     source = "".join(p.read_text() for p in Path("moe_lens").rglob("*.py") if p not in protocol)
