@@ -288,7 +288,7 @@ def main() -> None:
         f"{platform.machine()}, {arguments.rounds} interleaved rounds; beside transformers + hooks (25% to 75%)"
     )
     tools = ("transformers + hooks", "TransformerBridge", "nnsight", "moe_lens")
-    print(f"{'':18}" + "".join(f"{tool:>28}" for tool in tools))
+    print(f"{'':18}" + "".join(f"{tool:>30}" for tool in tools))
     for row, of_tools in seconds.items():
         base = np.array(of_tools[tools[0]])
         cells = []
@@ -301,7 +301,7 @@ def main() -> None:
             cells.append(
                 f"1 ({np.median(base):.2f} s)" if is_base else f"{middle:.3g} ({low:.3g} to {high:.3g})"
             )
-        print(f"{row:18}" + "".join(f"{cell:>28}" for cell in cells))
+        print(f"{row:18}" + "".join(f"{cell:>30}" for cell in cells))
 
 
 def measure(directory: str, rounds: int) -> dict[str, dict[str, list[float]]]:
