@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from moe_lens import HookedMoE
 from moe_lens.converters import UnsupportedCheckpoint
-from moe_lens.interop.nnsight import plan, routing_cache, routing_contributions, traffic
+from moe_lens.interop.nnsight import jobs, plan, routing_cache, routing_contributions, traffic
 from moe_lens.interop.nnsight.model import structure_of
 from tests.families import FAMILIES, PLAIN_VARIANTS, prompts
 from tests.nnsight_cases import lazy_model, traced_model
@@ -220,6 +220,23 @@ def test_a_plan_takes_what_the_function_takes(traced: Load) -> None:
 
 
 # ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([], "1 results were asked for, and 0 came back"),
+        ([{}, {}], "1 results were asked for, and 2 came back"),
+        ([{}], "and nothing came back"),
+        ([{"hook_embed": torch.zeros(2, 8, 64)}], r"hook_embed of \(2, 9\) .* and \(2, 8, 64\) came back"),
+    ],
+)
+def test_an_answer_to_something_else(
+    traced: Load, monkeypatch: pytest.MonkeyPatch, answer: list[Any], message: str
+) -> None:
+    monkeypatch.setattr(jobs, "_session", lambda lm, job, backend: answer)
+    with pytest.raises(RuntimeError, match=message):
+        routing_cache(traced("olmoe"), prompts()[0], names_filter="hook_embed")
 
 
 def test_refusals(traced: Load, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

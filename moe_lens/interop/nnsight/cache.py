@@ -78,6 +78,14 @@ def cache_analysis(
 
     def finish(results: list[list[Any]]) -> ActivationCache:
         values = results[0][0]
+        for name in wanted:
+            # The pattern's positions are its queries.
+            axes = (0, 2) if name.endswith(("hook_attn_scores", "hook_pattern")) else (0, 1)
+            if name not in values or tuple(values[name].shape[axis] for axis in axes) != shape:
+                got = tuple(values[name].shape) if name in values else "nothing"
+                raise RuntimeError(
+                    f"{name} of {shape} batch rows and positions was asked for, and {got} came back"
+                )
         return ActivationCache({name: values[name] for name in wanted}, structure)
 
     return Analysis("routing_cache", [job], finish)
@@ -115,7 +123,8 @@ def routing_cache(
     Raises:
         TypeError, UnsupportedCheckpoint: a model that is none of these.
         ValueError: an unknown hook name; tokens that make no sense; a wrong `remote`.
-        RuntimeError: a pattern that, computed again, does not make the model's z.
+        RuntimeError: a pattern that, computed again, does not make the model's z; an answer that is not what was asked
+            for.
     """
     analysis = cache_analysis(
         lm, text, names_filter=names_filter, attention_mask=attention_mask, prepend_bos=prepend_bos

@@ -310,7 +310,8 @@ def run(
 
     Raises:
         ValueError: `remote` is none of the four.
-        RuntimeError: a trace of the same model is running, around the call or in another thread.
+        RuntimeError: a trace of the same model is running, around the call or in another thread; an answer that is not
+            what was asked for.
         ConnectionError: the server does not answer (verbose only: the plan asks it).
         nnsight's RemoteError: what failed there.
     """
@@ -340,6 +341,11 @@ def run(
                 results.append(_session(lm, job, backend))
             if remote == "local":
                 counted.bytes_down += _stored_bytes(results[-1])
+            n_wanted = len(job.steps) if job.fold is None else 1
+            if len(results[-1]) != n_wanted:
+                raise RuntimeError(
+                    f"{analysis.name}: {n_wanted} results were asked for, and {len(results[-1])} came back"
+                )
         finally:
             # What was sent for a job that failed was sent as well.
             for recorder in _recorders.get():
