@@ -12,7 +12,12 @@ from typing import Any
 
 from moe_lens.config import MoEConfig
 from moe_lens.converters import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
-from moe_lens.converters.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedCheckpoint
+from moe_lens.converters.errors import (
+    CheckpointChanged,
+    CheckpointMismatch,
+    NotEnoughMemory,
+    UnsupportedCheckpoint,
+)
 from moe_lens.converters.key_map import KeyMap
 
 
@@ -59,6 +64,7 @@ from moe_lens.converters.loading import load_pretrained  # noqa: E402 (it reads 
 
 __all__ = [
     "REGISTRY",
+    "CheckpointChanged",
     "CheckpointMismatch",
     "Converter",
     "NotEnoughMemory",

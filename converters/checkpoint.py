@@ -117,3 +117,15 @@ class Checkpoint:
                         read += tensor.nbytes
                         yield name, tensor
                         del tensor
+
+
+def require_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """What was read, in the dtype it was copied to: a narrower one may overflow.
+
+    Raises:
+        CheckpointMismatch: it holds NaN or infinity.
+    """
+    # NaN goes through aminmax; isfinite is slower.
+    low, high = tensor.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
+        raise CheckpointMismatch(f"{name} holds NaN or infinity in {dtype}")

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, each told before any weight is read."""
+"""What can be wrong with a checkpoint, told before any weight is read; of a streamed one also when a layer is read."""
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -7,6 +7,10 @@ class UnsupportedCheckpoint(ValueError):
 
 class CheckpointMismatch(ValueError):
     """The checkpoint's tensors are not the model's: missing, surplus or misshapen."""
+
+
+class CheckpointChanged(RuntimeError):
+    """A file of a streamed checkpoint is no longer what it was when the model was loaded."""
 
 
 class NotEnoughMemory(MemoryError):

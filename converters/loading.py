@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from moe_lens.config import MoEConfig
-from moe_lens.converters.checkpoint import Checkpoint
+from moe_lens.converters.checkpoint import Checkpoint, require_finite
 from moe_lens.converters.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedCheckpoint
-from moe_lens.converters.key_map import KeyMap, check_tensors, placements
+from moe_lens.converters.key_map import KeyMap, Place, check_tensors, placements
+from moe_lens.converters.layer_store import LayerStore
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import StreamedMoE, is_streamed
 
 BUNDLED = "mini"
 # What a checkpoint needs from the hub: no pickled weights, no code.
@@ -41,6 +43,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    stream: bool = False,
     verbose: bool = True,
 ) -> HookedMoE:
     """See `HookedMoE.from_pretrained`."""
@@ -54,8 +57,9 @@ def load_pretrained(
     cfg = convert_config(hf, name=str(path_or_hub_id), dtype=dtype, device=device, revision=revision)
     cfg = replace(cfg, **read_generation_ids(directory, hf))
     with torch.device("meta"):
-        model = HookedMoE(cfg).to(cfg.dtype)
-    check_memory(model, cfg, verbose=verbose)
+        model = (StreamedMoE if stream else HookedMoE)(cfg).to(cfg.dtype)
+    if not stream:
+        check_memory(sum(parameter.nbytes for parameter in model.parameters()), model, cfg, verbose=verbose)
 
     key_map = converter_for(cfg.model_type).key_map
     checkpoint = Checkpoint(find_checkpoint(path_or_hub_id, revision, HUB_WEIGHTS))
@@ -64,23 +68,37 @@ def load_pretrained(
     if cfg.tied_embeddings:
         check_tied(key_map, checkpoint)
 
-    model.to_empty(device=cfg.device)
     places = {name: place for name, place in needed.items() if place is not None}
+    if isinstance(model, StreamedMoE):
+        streamed = [name for name, parameter in model.named_parameters() if is_streamed(name, parameter)]
+        store = LayerStore(checkpoint, places, model, streamed, cfg.device)
+        resident = sum(p.nbytes for name, p in model.named_parameters() if name not in streamed)
+        check_memory(resident + store.bytes_needed, model, cfg, verbose=verbose)
+        model.keep_on_disk(store, cfg)
+        places = {name: place for name, place in places.items() if not store.holds(name)}
+    else:
+        model.to_empty(device=cfg.device)
+    _fill(model, places, checkpoint, verbose=verbose)
+    model.tokenizer = read_tokenizer(directory)
+    return model
+
+
+def _fill(model: HookedMoE, places: dict[str, Place], checkpoint: Checkpoint, *, verbose: bool) -> None:
+    """Read tensors into their places.
+
+    Raises:
+        CheckpointMismatch: one holds NaN or infinity.
+    """
     with (
         torch.no_grad(),
-        tqdm(total=len(places), desc=f"loading {cfg.model_name}", disable=not verbose) as bar,
+        tqdm(total=len(places), desc=f"loading {model.cfg.model_name}", disable=not verbose) as bar,
     ):
         for name, tensor in checkpoint.tensors(list(places)):
             view = places[name].view(model)
             assert view is not None
             view.copy_(tensor)
-            # After the copy, because a narrower dtype may overflow. NaN goes through aminmax; isfinite is slower.
-            low, high = view.aminmax()
-            if not bool(low.isfinite() & high.isfinite()):
-                raise CheckpointMismatch(f"{name} holds NaN or infinity in {cfg.dtype}")
+            require_finite(name, view, model.cfg.dtype)
             bar.update()
-    model.tokenizer = read_tokenizer(directory)
-    return model
 
 
 def find_checkpoint(
@@ -194,25 +212,30 @@ def convert_config(
     return replace(cfg, model_name=name, dtype=dtype, device=device, revision=revision)
 
 
-def check_memory(model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
+def check_memory(needed: int, model: nn.Module, cfg: MoEConfig, *, verbose: bool) -> None:
     """Say what the weights will take, and refuse what cannot fit.
+
+    Args:
+        needed: bytes that are held at a time: of all weights, or of a streamed model's.
 
     Raises:
         NotEnoughMemory: naming the options.
     """
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    needed = numbers * cfg.dtype.itemsize
+    streamed = isinstance(model, StreamedMoE)
     if cfg.device.type == "meta":
         return
     free = free_memory(cfg.device)
     gib = 2**30
     line = (
-        f"{cfg.model_name}: {numbers / 1e6:,.1f} M parameters in {str(cfg.dtype).removeprefix('torch.')} take "
+        f"{cfg.model_name}: {numbers / 1e6:,.1f} M parameters in {str(cfg.dtype).removeprefix('torch.')}"
+        f"{', streamed from disk,' if streamed else ''} take "
         f"{needed / gib:.2f} GiB on {cfg.device}; {free / gib:.2f} GiB are free"
     )
     if needed * _HEADROOM > free:
         raise NotEnoughMemory(
-            f"{line}. It cannot fit. Options: dtype=torch.bfloat16 (half of float32), another device=, or a machine "
+            f"{line}. It cannot fit. Options: dtype=torch.bfloat16 (half of float32), "
+            f"{'' if streamed else 'stream=True (two layers at a time), '}another device=, or a machine "
             f"with {needed * _HEADROOM / gib:.1f} GiB free"
         )
     if verbose:

@@ -122,6 +122,26 @@ def model_of(hooked: Callable[[str], Any]) -> Iterator[Callable[[str], Any]]:
 
 
 @pytest.fixture
+def streamed(checkpoint: Any) -> Iterator[Callable[..., Any]]:
+    """`streamed(variant)`: its checkpoint, streamed; afterwards nothing may be left on the models or running."""
+    from moe_lens.model.streamed_moe import StreamedMoE
+    from tests.checkpoints import load
+    from tests.streamed_cases import assert_nothing_is_left
+
+    models: list[StreamedMoE] = []
+
+    def load_streamed(variant: str | Path, **options: Any) -> StreamedMoE:
+        model = load(checkpoint(variant) if isinstance(variant, str) else variant, stream=True, **options)
+        assert isinstance(model, StreamedMoE)
+        models.append(model)
+        return model
+
+    yield load_streamed
+    for model in models:
+        assert_nothing_is_left(model)
+
+
+@pytest.fixture
 def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test as soon as a checkpoint's tensor is read."""
 

@@ -24,7 +24,7 @@ from moe_lens.interventions.router_only import RouterOnlyHooks
 from moe_lens.interventions.spec import Ablate, ForbidExperts, ForceExperts, RouterOnly, Spec, SwapRanks, TopK
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.observers import Run
+from moe_lens.model.observers import Run, RunObserver
 
 _KINDS = (Ablate, ForceExperts, ForbidExperts, SwapRanks, TopK, RouterOnly)
 
@@ -73,6 +73,7 @@ class Interventions:
         ]
         self._check_routers()
         self.run: Run | None = None
+        self._adds_to: Receipt | None = None
 
     def _check_routers(self) -> None:
         for number, router in enumerate(self.routers):
@@ -158,6 +159,13 @@ class Interventions:
                         f"layer {shared[0]} is changed by an open intervene; give all its specs to one intervene"
                     )
 
+    def apart(self) -> RunObserver:
+        """What observes one of several runs that are under way at a time: the same specs with values of their own. A
+        run that ends well is added to this receipt."""
+        other = Interventions(self.model, self.specs)
+        other._adds_to = self.receipt if self._adds_to is None else self._adds_to
+        return other.observing
+
     @contextmanager
     def observing(self, run: Run) -> Iterator[None]:
         """A run under these interventions.
@@ -176,6 +184,8 @@ class Interventions:
                 yield
             self.receipt.n_runs += 1
             self.receipt.check()
+            if self._adds_to is not None:
+                self._adds_to.add_all(self.receipt)
         except BaseException:
             self.receipt.restore(counts)
             raise

@@ -69,6 +69,12 @@ class Receipt:
         line.asked += asked
         line.fired += fired
 
+    def add_all(self, other: Receipt) -> None:
+        """Count what another receipt of the same specs has counted."""
+        self.n_runs += other.n_runs
+        for (index, layer), line in other.lines.items():
+            self.add(index, layer, asked=line.asked, fired=line.fired)
+
     def counts(self) -> Counts:
         """All that it has counted, to go back to with `restore`."""
         return self.n_runs, {key: (line.asked, line.fired) for key, line in self.lines.items()}

@@ -63,6 +63,7 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
+        stream: bool = False,
         verbose: bool = True,
     ) -> HookedMoE:
         """Load a checkpoint from a directory, the Hugging Face hub, or the package (`"mini"`).
@@ -76,6 +77,8 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
             dtype: None is the checkpoint's own.
             device: None is a CUDA device where there is one, else the CPU.
             revision: of a hub id.
+            stream: leave the layers on disk and read each when it runs, for a checkpoint larger than memory; gives a
+                `StreamedMoE`.
             verbose: say what memory it takes, and show a progress bar.
 
         Raises:
@@ -85,7 +88,9 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
         """
         from moe_lens.converters import load_pretrained
 
-        return load_pretrained(path_or_hub_id, dtype=dtype, device=device, revision=revision, verbose=verbose)
+        return load_pretrained(
+            path_or_hub_id, dtype=dtype, device=device, revision=revision, stream=stream, verbose=verbose
+        )
 
     def forward(
         self,
@@ -131,13 +136,7 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
             tokens, residual = None, self._check_residual(tokens_or_text)
             batch, n_columns, _ = residual.shape
             mask = self._check_mask(attention_mask, residual.shape[:2])
-        if n_columns > self.cfg.n_ctx:
-            warnings.warn(
-                f"{n_columns} positions are more than the {self.cfg.n_ctx} that {self.cfg.model_name} was made for; "
-                f"what it does beyond them was never trained",
-                stacklevel=2,
-            )
-
+        self.warn_beyond_context(n_columns)
         attend = Attend(self.cfg.rotary, (batch, n_columns), self.cfg.device, attention_mask=mask)
         real = (
             torch.ones(batch, n_columns, dtype=torch.bool, device=self.cfg.device) if mask is None else mask
@@ -173,6 +172,15 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
         return residual
 
     # ---- input checks ----
+
+    def warn_beyond_context(self, n_columns: int) -> None:
+        """Say so where a sequence is longer than what the model was made for."""
+        if n_columns > self.cfg.n_ctx:
+            warnings.warn(
+                f"{n_columns} positions are more than the {self.cfg.n_ctx} that {self.cfg.model_name} was made for; "
+                f"what it does beyond them was never trained",
+                stacklevel=3,
+            )
 
     def tokens_and_mask(
         self,

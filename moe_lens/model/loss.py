@@ -18,7 +18,20 @@ def loss_per_token(
     NaN where the position or its next token is padding: such a position has no loss, and a statistic that
     would take it for one shows at once.
     """
-    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
+    return real_only(negative_log_likelihood(logits[:, :-1], tokens[:, 1:]), attention_mask)
+
+
+def negative_log_likelihood(
+    logits: Float[Tensor, "batch pos d_vocab"], next_tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos"]:
+    """-log p(the token that came next) at every position; float32, nats."""
+    return F.cross_entropy(logits.float().transpose(1, 2), next_tokens, reduction="none")
+
+
+def real_only(
+    nll: Float[Tensor, "batch pos_minus_1"], attention_mask: Bool[Tensor, "batch pos"] | None
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """NaN where a position or its next token is padding."""
     if attention_mask is None:
         return nll
     return nll.masked_fill(~(attention_mask[:, :-1] & attention_mask[:, 1:]), torch.nan)

@@ -37,6 +37,26 @@ RunObserver = Callable[[Run], AbstractContextManager[object]]
 """Entered before the first value is made, left after the last; what it raises stops the run."""
 
 
+def apart(observer: RunObserver) -> RunObserver:
+    """An observer of its own for one of several runs that are under way at a time.
+
+    A function makes a context for each run, and so is taken as it is. A method belongs to something that may keep one
+    run's values: that has a method `apart`, which gives the observer for one more run, or is refused.
+
+    Raises:
+        RuntimeError: it is a method of something without one.
+    """
+    owner = getattr(observer, "__self__", None)
+    if owner is None:
+        return observer
+    if not hasattr(owner, "apart"):
+        raise RuntimeError(
+            f"{type(owner).__name__} follows one run at a time, and batches that go through a model layer by layer are "
+            f"under way together; run them one by one, model(tokens)"
+        )
+    return owner.apart()
+
+
 class RunObservers(list[RunObserver]):
     """A model's observers. They are of this model: a copy of it, or one that was stored, has none."""
 

@@ -1,0 +1,210 @@
+"""Many batches through a streamed model, layer by layer: each layer is read once, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_lens.model.attend import Attend
+from moe_lens.model.loss import negative_log_likelihood, real_only
+from moe_lens.model.observers import Run, apart
+from moe_lens.model.residual_streams import ResidualStreams
+from moe_lens.model.suspended import SuspendedRun
+
+if TYPE_CHECKING:
+    from moe_lens.model.streamed_moe import StreamedMoE
+
+Batch = Int[Tensor, "batch pos"] | Sequence[Tensor | None]
+"""Tokens, or (tokens, mask); a mask of None says that all are real."""
+Listening = Callable[[int], AbstractContextManager[object]]
+"""What listens to the i-th batch."""
+
+
+@dataclass(frozen=True)
+class CorpusRun:
+    """What `run_corpus` gives.
+
+    Attributes:
+        losses: for each batch the next-token cross-entropy `[batch, pos - 1]` in nats, NaN at padding, on the CPU;
+            None where none was asked for.
+        bytes_read, layers_read: from the checkpoint.
+        seconds_waiting: for a layer that was not there yet.
+        layer_bytes: the most memory that layers took at a time, two of them at most.
+        stream_bytes: memory that the residual streams took.
+        spilled_bytes: of the file with those that were beyond the budget.
+    """
+
+    losses: list[Float[Tensor, "batch pos_minus_1"]] | None
+    bytes_read: int
+    layers_read: int
+    seconds_waiting: float
+    layer_bytes: int
+    stream_bytes: int
+    spilled_bytes: int
+
+
+class _BatchRun:
+    """One batch, somewhere on its way through the model."""
+
+    def __init__(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"] | None,
+        layers: tuple[int, int],
+    ):
+        self.tokens, self.mask = tokens, mask
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        self.run = Run(real, *layers, tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    def attend(self, model: StreamedMoE) -> Attend:
+        """Made for each layer anew: a mask takes more memory than it takes time."""
+        return Attend(model.cfg.rotary, self.shape, model.cfg.device, attention_mask=self.mask)
+
+
+@torch.no_grad()
+def run_corpus(
+    model: StreamedMoE,
+    batches: Iterable[Batch],
+    listening: Listening | None = None,
+    *,
+    return_type: Literal["loss"] | None = None,
+    stop_at_layer: int | None = None,
+    memory_budget: int = 2**30,
+    logits_budget: int = 2**28,
+    spill_directory: str | Path | None = None,
+) -> CorpusRun:
+    """Run batches through the model, reading each layer once for all of them.
+
+    Each batch meets what it would meet in `model(tokens, attention_mask=mask)` under `torch.no_grad()`: the same
+    values, bit by bit, at the same hook points in the same order. Only the batches are interleaved: all of them go
+    through layer 0, then all through layer 1.
+
+    `listening(i)` is entered before the i-th batch begins and left when it has ended, as it would be around a plain
+    forward pass; the hooks and observers that it puts on the model are there only while that batch is at work. What
+    listeners keep, they keep for all batches at once: those whose memory grows with what they have heard
+    are to be given fewer batches at a time.
+
+        with_accumulator = lambda i: accumulator.listening(*batches[i])
+        model.run_corpus(batches, with_accumulator)
+
+    Hooks, and an `intervene`, that are open around the call act on every batch.
+
+    Args:
+        batches: tokens `[batch, pos]`, or (tokens, mask). Tokens are held in memory.
+        listening: a context manager for the i-th batch.
+        return_type: "loss", or None to run for the listeners alone.
+        stop_at_layer: leave out this layer and those after it, and the final norm.
+        memory_budget: bytes of residual streams that are held in memory; beyond it they lie in a mapped file.
+        logits_budget: bytes of float32 logits that are made at a time. Where they are made in several parts, losses
+            may differ from those of a plain run in the last digit.
+        spill_directory: where that file is made, and removed at the end; None is the system's temporary directory.
+
+    Raises:
+        ValueError: no batches; a batch that is no tokens, by its number; arguments that do not fit together.
+        RuntimeError: a run is under way; an observer that can follow one run at a time only.
+        OSError: no room for the file of streams.
+        CheckpointChanged: a file is no longer what it was when the model was loaded.
+        CheckpointMismatch: a tensor holds NaN or infinity.
+        Whatever a listener raises; no other listener then hears its batch to the end.
+    """
+    if return_type not in ("loss", None):
+        raise ValueError(f"return_type must be 'loss' or None, not {return_type!r}")
+    if stop_at_layer is not None and return_type is not None:
+        raise ValueError("with stop_at_layer there is no loss to return")
+    first, last = model._layer_range(None, stop_at_layer)
+    runs = _checked(model, batches, (first, last))
+    observers = list(model.run_observers)
+    before = vars(model.read_counts).copy()
+    losses = []
+    with (
+        ResidualStreams(
+            [run.shape for run in runs], model.cfg.d_model, model.cfg.dtype, memory_budget, spill_directory
+        ) as streams,
+        # Left last to first, as nested contexts are; and before the streams' file is removed.
+        ExitStack() as all_contexts,
+    ):
+        suspended = [SuspendedRun(model) for _ in runs]
+        for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
+            all_contexts.push(pause.close)
+            with pause.resumed() as contexts:
+                model.run_observers[:] = [apart(observer) for observer in observers]
+                if listening is not None:
+                    contexts.enter_context(listening(i))
+                contexts.enter_context(model.observed(batch.run))
+                streams[i] = model.hook_embed(model.embed(batch.tokens))
+        with model.layers_in_memory(range(first, last)) as blocks:
+            for block in blocks:
+                for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
+                    with pause.resumed():
+                        stream = streams[i].to(model.cfg.device)
+                        streams[i] = model.run_block(block, stream, batch.attend(model))
+        for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
+            with pause.resumed():
+                if stop_at_layer is None:
+                    normalized = model.ln_final(streams[i].to(model.cfg.device))
+                    if return_type == "loss":
+                        losses.append(_loss(model, normalized, batch, logits_budget).cpu())
+            streams.drop(i)
+            pause.close()
+    now = vars(model.read_counts)
+    return CorpusRun(
+        losses if return_type == "loss" else None,
+        bytes_read=now["bytes_read"] - before["bytes_read"],
+        layers_read=now["layers_read"] - before["layers_read"],
+        seconds_waiting=now["seconds_waiting"] - before["seconds_waiting"],
+        layer_bytes=now["peak_bytes"],
+        stream_bytes=streams.bytes_in_memory,
+        spilled_bytes=streams.bytes_in_file,
+    )
+
+
+def _checked(model: StreamedMoE, batches: Iterable[Batch], layers: tuple[int, int]) -> list[_BatchRun]:
+    runs = []
+    for number, batch in enumerate(batches):
+        parts = [batch] if isinstance(batch, Tensor) else batch
+        if not isinstance(parts, Sequence) or not parts or isinstance(parts, str):
+            raise ValueError(
+                f"batch {number} must be tokens, or a tuple that begins with them and their mask, not {batch!r}"
+            )
+        if not isinstance(parts[0], Tensor):
+            raise ValueError(f"batch {number} must begin with tokens, not {type(parts[0]).__name__}")
+        try:
+            tokens, mask = model.tokens_and_mask(parts[0], parts[1] if len(parts) > 1 else None)
+        except ValueError as error:
+            raise ValueError(f"batch {number}: {error}") from error
+        runs.append(_BatchRun(tokens, mask, layers))
+    if not runs:
+        raise ValueError("there are no batches to run")
+    model.warn_beyond_context(max(run.shape[1] for run in runs))
+    return runs
+
+
+def _loss(
+    model: StreamedMoE, normalized: Float[Tensor, "batch pos d_model"], batch: _BatchRun, budget: int
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """The loss of every position, with the logits of some positions made at a time."""
+    n_batch, n_pos = batch.shape
+    step = max(1, budget // (4 * n_batch * model.cfg.d_vocab))
+    if step >= n_pos:
+        nll = negative_log_likelihood(model.unembed(normalized)[:, :-1], batch.tokens[:, 1:])
+    else:
+        parts = [slice(start, min(start + step, n_pos - 1)) for start in range(0, n_pos - 1, step)]
+        nll = torch.cat(
+            [
+                negative_log_likelihood(model.unembed(normalized[:, part]), batch.tokens[:, 1:][:, part])
+                for part in parts
+            ],
+            dim=1,
+        )
+    return real_only(nll, batch.mask)
