@@ -350,8 +350,10 @@ class Reading:
     def __exit__(self, *exception: Any) -> None:
         assert self._pool is not None
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self.store.end()
+        try:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            self.store.end()
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         coming = self._ask(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_lens.converters.checkpoint import Checkpoint
 from moe_lens.interventions import Ablate, RouterOnly, TopK
 from tests.checkpoints import load
+from tests.conftest import leftover_hooks
 from tests.families import prompts
 from tests.streamed_cases import (
     BATCHES,
@@ -73,6 +74,21 @@ def test_a_corpus_in_part_and_without_listeners(streamed: Any, hooked: Any) -> N
     assert got.layers_read == 2
     for stream, (tokens, _) in zip(last, BATCHES, strict=True):
         assert torch.equal(stream, hooked("qwen2_moe")(tokens, stop_at_layer=2))
+
+
+def test_a_listener_takes_its_own_hooks_off(streamed: Any) -> None:
+    """As after a plain run: when its context has ended, the hooks of the caller are there and no others."""
+    model, there = streamed("olmoe"), []
+
+    @contextmanager
+    def listening(i: int) -> Iterator[None]:
+        with model.hooks([("hook_embed", lambda value, hook: None)]):
+            yield
+        there.append((leftover_hooks(model), model.context_level))
+
+    with model.hooks([("blocks.0.hook_resid_pre", lambda value, hook: None)]):
+        model.run_corpus(BATCHES, listening)
+    assert there == [(["blocks.0.hook_resid_pre"], 1)] * 3
 
 
 @torch.no_grad()

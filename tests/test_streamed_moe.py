@@ -68,6 +68,17 @@ def test_parts_of_a_run_read_their_layers_only(streamed: Any, hooked: Any) -> No
     assert ours.read_counts.layers_read == 4
 
 
+def test_inference_mode_and_back(streamed: Any, hooked: Any) -> None:
+    model, expected = streamed("qwen3_moe"), hooked("qwen3_moe")(prompts()[0])
+    for context in (torch.inference_mode, torch.enable_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(model(prompts()[0]), expected)
+            assert torch.equal(
+                model.run_corpus([prompts()[0]], return_type="loss").losses[0],
+                hooked("qwen3_moe")(prompts()[0], return_type="loss", loss_per_token=True),
+            )
+
+
 @pytest.mark.parametrize("variant", ["olmoe", "deepseek_v2"])
 @torch.no_grad()
 def test_hooks_interventions_and_generation(streamed: Any, hooked: Any, variant: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -190,12 +191,29 @@ class StreamedMoE(HookedMoE):
         return residual
 
     def run_corpus(
-        self, batches: Iterable[Batch], listening: Listening | None = None, **options: Any
+        self,
+        batches: Iterable[Batch],
+        listening: Listening | None = None,
+        *,
+        return_type: Literal["loss"] | None = None,
+        stop_at_layer: int | None = None,
+        memory_budget: int = 2**30,
+        logits_budget: int = 2**28,
+        spill_directory: str | Path | None = None,
     ) -> CorpusRun:
         """Run many batches, reading each layer once for all of them; see `moe_lens.model.layer_major.run_corpus`."""
         from moe_lens.model.layer_major import run_corpus
 
-        return run_corpus(self, batches, listening, **options)
+        return run_corpus(
+            self,
+            batches,
+            listening,
+            return_type=return_type,
+            stop_at_layer=stop_at_layer,
+            memory_budget=memory_budget,
+            logits_budget=logits_budget,
+            spill_directory=spill_directory,
+        )
 
     # ---- what a model on disk is not ----
 
