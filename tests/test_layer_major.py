@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_lens.converters.checkpoint import Checkpoint
 from moe_lens.interventions import Ablate, RouterOnly, TopK
+from moe_lens.routing.streaming import ContributionAccumulator
 from tests.checkpoints import load
 from tests.conftest import leftover_hooks
 from tests.families import prompts
@@ -74,6 +75,27 @@ def test_a_corpus_in_part_and_without_listeners(streamed: Any, hooked: Any) -> N
     assert got.layers_read == 2
     for stream, (tokens, _) in zip(last, BATCHES, strict=True):
         assert torch.equal(stream, hooked("qwen2_moe")(tokens, stop_at_layer=2))
+
+
+@pytest.mark.parametrize("rank_shift", [False, True])
+@pytest.mark.parametrize("by", ["layer", "expert"])
+@torch.no_grad()
+def test_an_accumulator_listens_as_it_does_to_plain_runs(
+    streamed: Any, hooked: Any, by: str, rank_shift: bool
+) -> None:
+    """Analyses need not know which run they listen to: the same means, bit by bit."""
+    batches = [(tokens, mask.bool()) for tokens, mask in BATCHES]
+    ours = ContributionAccumulator(streamed("deepseek_v2"), by=by, rank_shift=rank_shift)
+    theirs = ContributionAccumulator(hooked("deepseek_v2"), by=by, rank_shift=rank_shift)
+    for tokens, mask in batches:
+        with theirs.listening(tokens, mask):
+            theirs.model(tokens, attention_mask=mask)
+    ours.model.run_corpus(batches, lambda i: ours.listening(*batches[i]))  # type: ignore[attr-defined]
+    for key, groups in theirs.tallies[by].moments.items():  # type: ignore[index]
+        for mine, its in zip(ours.tallies[by].moments[key], groups, strict=True):  # type: ignore[index]
+            assert torch.equal(mine.mean, its.mean)
+            assert torch.equal(mine.squares, its.squares)
+            assert torch.equal(mine.count, its.count)
 
 
 def test_a_listener_takes_its_own_hooks_off(streamed: Any) -> None:
