@@ -19,7 +19,8 @@ from moe_lens.converters.checkpoint import SINGLE
 from moe_lens.converters.layer_store import LayerStore
 from moe_lens.interventions import RouterOnly, TopK
 from moe_lens.model.streamed_moe import OnDisk
-from tests.checkpoints import load
+from moe_lens.routing.provenance import weights_fingerprint
+from tests.checkpoints import change_tensors, load
 from tests.families import prompts
 from tests.streamed_cases import (
     STORAGES,
@@ -277,3 +278,32 @@ def test_tensors_larger_than_a_piece(
         for dtype in (torch.float32, torch.bfloat16):
             ours, theirs = streamed("qwen2_moe", dtype=dtype), load(checkpoint("qwen2_moe"), dtype=dtype)
             assert torch.equal(ours(prompts()[0]), theirs(prompts()[0]))
+
+
+# --- which weights they are ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", STORAGES)
+def test_the_fingerprint_is_that_of_the_weights_in_memory(
+    streamed: Any, checkpoint: Any, variant: str
+) -> None:
+    model = streamed(variant)
+    assert weights_fingerprint(model) == weights_fingerprint(load(checkpoint(variant)))
+    assert model.read_counts.layers_read == model.cfg.n_layers
+    assert weights_fingerprint(model)
+    assert model.read_counts.layers_read == model.cfg.n_layers
+
+
+def test_a_run_takes_what_the_fingerprint_needs(streamed: Any, checkpoint: Any) -> None:
+    model = streamed("olmoe")
+    model(prompts()[0], stop_at_layer=2)
+    expected = weights_fingerprint(load(checkpoint("olmoe")))
+    assert weights_fingerprint(model) == expected
+    assert model.read_counts.layers_read == 3
+
+
+def test_another_weight_has_another_fingerprint(streamed: Any, checkpoint: Any, copy: Any) -> None:
+    directory = copy("olmoe")
+    before = weights_fingerprint(streamed(directory))
+    change_tensors(directory, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"][0].neg_())
+    assert weights_fingerprint(streamed(directory)) != before

@@ -20,6 +20,7 @@ from moe_lens.config import MoEConfig
 from moe_lens.model.attend import Attend
 from moe_lens.model.block import Block
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.weight_bits import sums_of_bits
 
 if TYPE_CHECKING:
     from moe_lens.model.layer_major import Batch, CorpusRun, Listening
@@ -103,6 +104,7 @@ class StreamedMoE(HookedMoE):
             )
         self.tie_embeddings()
         self.store = store
+        self._sums_of_bits: dict[int, dict[str, tuple[int, int]]] = {}
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         owner, _, attribute = name.rpartition(".")
@@ -158,11 +160,24 @@ class StreamedMoE(HookedMoE):
             on_disk = {name: self.get_parameter(name) for name in weights}
             for name in weights:
                 self._put(name, nn.Parameter(weights[name], requires_grad=False))
+            if layer not in self._sums_of_bits:
+                self._sums_of_bits[layer] = {name: sums_of_bits(weights[name]) for name in weights}
             try:
                 yield self.blocks[layer]  # type: ignore[misc]
             finally:
                 for name, parameter in on_disk.items():
                     self._put(name, parameter)
+
+    def layer_sums_of_bits(self) -> dict[str, tuple[int, int]]:
+        """`sums_of_bits` of every weight that is on disk, by its name. Layers that were not read so far are read; the
+        files are found to be what they were whenever they are read, so it is done once."""
+        self._required_store()
+        unread = [layer for layer in range(self.cfg.n_layers) if layer not in self._sums_of_bits]
+        if unread:
+            with self.layers_in_memory(unread) as blocks:
+                for _ in blocks:
+                    pass
+        return {name: sums for layer in self._sums_of_bits.values() for name, sums in layer.items()}
 
     def run_blocks(
         self,

@@ -7,47 +7,39 @@ import struct
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
+from moe_lens.model.weight_bits import sums_of_bits
 from moe_lens.routing.documents import real_tokens
 
-_CHUNK = 2**24
-# A prime, so that no block of a weight's rows is weighted alike.
-_PERIOD = 8191
 _KNOWN: WeakKeyDictionary[HookedMoE, tuple[tuple[int, ...], str]] = WeakKeyDictionary()
 
 
 def weights_fingerprint(model: HookedMoE) -> str:
-    """Of all bits of all parameters, in hex: the same on every device and for any number of threads.
+    """Of all bits of all parameters, in hex: the same on every device, for any number of threads, and whether the
+    layers are in memory or streamed from disk.
 
-    Two sums of every parameter's bits as integers, one of them weighted by place, so that any number that is changed,
-    and any two that are exchanged, show. It is taken once for a model whose weights do not change.
+    It is made of two sums of every parameter's bits (`sums_of_bits`), and is taken once for a model whose weights do
+    not change. A streamed model takes the sums of a layer when it first reads it; those that it has not read are read
+    for this.
     """
-    versions = tuple(0 if p.is_inference() else p._version for p in model.parameters())
+    versions = tuple(
+        0 if isinstance(p, OnDisk) or p.is_inference() else p._version for p in model.parameters()
+    )
     known = _KNOWN.get(model)
     if known is not None and known[0] == versions:
         return known[1]
+    of_layers = model.layer_sums_of_bits() if isinstance(model, StreamedMoE) else {}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        sums = of_layers[name] if isinstance(parameter, OnDisk) else sums_of_bits(parameter)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(struct.pack("<2q", *_sums_of_bits(parameter.detach())))
+        digest.update(struct.pack("<2q", *sums))
     _KNOWN[model] = versions, digest.hexdigest()
     return digest.hexdigest()
-
-
-def _sums_of_bits(values: Tensor) -> tuple[int, int]:
-    bits = values.contiguous().flatten().view(torch.int16 if values.element_size() == 2 else torch.int32)
-    total = torch.zeros(2, dtype=torch.long, device=bits.device)
-    for start in range(0, len(bits), _CHUNK):
-        # Sums of integers wrap around, and so do not depend on their order.
-        chunk = bits[start : start + _CHUNK].long()
-        places = torch.arange(start, start + len(chunk), device=bits.device) % _PERIOD + 1
-        total += torch.stack((chunk.sum(), (chunk * places).sum()))
-    first, second = total.tolist()
-    return first, second
 
 
 def edit_counts(model: HookedMoE) -> dict[str, int]:
