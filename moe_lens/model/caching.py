@@ -125,6 +125,29 @@ class HookedModel(HookedRootModule):
             ValueError: an unknown name, or a predicate that matches nothing.
             RuntimeError: the run stopped before a named hook (`stop_at_layer`, `start_at_layer`).
         """
+        witnessed, require_fired = self._witnessed(fwd_hooks)
+        out = super().run_with_hooks(*model_args, fwd_hooks=witnessed, **kwargs)
+        require_fired()
+        return out
+
+    @contextmanager
+    def listening(self, fwd_hooks: Sequence[tuple[HookName, Callable[..., Any]]]) -> Iterator[None]:
+        """Hooks around one forward pass, wherever that is made: `hooks`, and one given by its name that never ran
+        raises at the end.
+
+        Raises:
+            ValueError: an unknown name, or a predicate that matches nothing.
+            RuntimeError: the run stopped before a named hook.
+        """
+        witnessed, require_fired = self._witnessed(fwd_hooks)
+        with self.hooks(witnessed):
+            yield
+        require_fired()
+
+    def _witnessed(
+        self, fwd_hooks: Sequence[tuple[HookName, Callable[..., Any]]]
+    ) -> tuple[list[tuple[HookName, Callable[..., Any]]], Callable[[], None]]:
+        """The same hooks, and what raises where one given by its name has not run."""
         fired: set[str] = set()
 
         def witnessed(hook_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,11 +157,11 @@ class HookedModel(HookedRootModule):
 
             return run
 
-        out = super().run_with_hooks(
-            *model_args, fwd_hooks=[(name, witnessed(hook)) for name, hook in fwd_hooks], **kwargs
+        named = [name for name, _ in fwd_hooks if isinstance(name, str)]
+        return (
+            [(name, witnessed(hook)) for name, hook in fwd_hooks],
+            lambda: self._require_fired(named, fired),
         )
-        self._require_fired([name for name, _ in fwd_hooks if isinstance(name, str)], fired)
-        return out
 
     @staticmethod
     def _require_fired(named: Sequence[str], fired: set[str]) -> None:

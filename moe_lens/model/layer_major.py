@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_lens.model.attend import Attend
+from moe_lens.model.corpus_passes import Batch, CorpusBatch, MakeAttend
 from moe_lens.model.loss import negative_log_likelihood, real_only
 from moe_lens.model.observers import Run, apart
 from moe_lens.model.residual_streams import ResidualStreams
@@ -21,8 +23,6 @@ from moe_lens.model.suspended import SuspendedRun
 if TYPE_CHECKING:
     from moe_lens.model.streamed_moe import StreamedMoE
 
-Batch = Int[Tensor, "batch pos"] | Sequence[Tensor | None]
-"""Tokens, or (tokens, mask); a mask of None says that all are real."""
 Listening = Callable[[int], AbstractContextManager[object]]
 """What listens to the i-th batch."""
 
@@ -58,8 +58,9 @@ class _BatchRun:
         tokens: Int[Tensor, "batch pos"],
         mask: Bool[Tensor, "batch pos"] | None,
         layers: tuple[int, int],
+        make_attend: MakeAttend | None,
     ):
-        self.tokens, self.mask = tokens, mask
+        self.tokens, self.mask, self.make_attend = tokens, mask, make_attend
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         self.run = Run(real, *layers, tokens)
 
@@ -69,6 +70,8 @@ class _BatchRun:
 
     def attend(self, model: StreamedMoE) -> Attend:
         """Made for each layer anew: a mask takes more memory than it takes time."""
+        if self.make_attend is not None:
+            return self.make_attend(model, self.run.real)
         return Attend(model.cfg.rotary, self.shape, model.cfg.device, attention_mask=self.mask)
 
 
@@ -83,6 +86,8 @@ def run_corpus(
     memory_budget: int = 2**30,
     logits_budget: int = 2**28,
     spill_directory: str | Path | None = None,
+    attend: MakeAttend | None = None,
+    verbose: bool = False,
 ) -> CorpusRun:
     """Run batches through the model, reading each layer once for all of them.
 
@@ -101,7 +106,8 @@ def run_corpus(
     Hooks, and an `intervene`, that are open around the call act on every batch.
 
     Args:
-        batches: tokens `[batch, pos]`, or (tokens, mask). Tokens are held in memory.
+        batches: tokens `[batch, pos]`, or (tokens, mask), with whatever else, which is not read. Tokens are held in
+            memory.
         listening: a context manager for the i-th batch.
         return_type: "loss", or None to run for the listeners alone.
         stop_at_layer: leave out this layer and those after it, and the final norm.
@@ -109,6 +115,9 @@ def run_corpus(
         logits_budget: bytes of float32 logits that are made at a time. Where they are made in several parts, losses
             may differ from those of a plain run in the last digit.
         spill_directory: where that file is made, and removed at the end; None is the system's temporary directory.
+        attend: makes another kind of attention than causal attention to real tokens, given the model and which tokens
+            of a batch are real; it is made for each layer anew.
+        verbose: say what will be read and held, and show a progress bar over layers times batches.
 
     Raises:
         ValueError: no batches; a batch that is no tokens, by its number; arguments that do not fit together.
@@ -123,7 +132,7 @@ def run_corpus(
     if stop_at_layer is not None and return_type is not None:
         raise ValueError("with stop_at_layer there is no loss to return")
     first, last = model._layer_range(None, stop_at_layer)
-    runs = _checked(model, batches, (first, last))
+    runs = _checked(model, batches, (first, last), attend)
     observers = list(model.run_observers)
     before = vars(model.read_counts).copy()
     losses = []
@@ -134,6 +143,8 @@ def run_corpus(
         # Left last to first, as nested contexts are; and before the streams' file is removed.
         ExitStack() as all_contexts,
     ):
+        if verbose:
+            print(_plan(model, runs, range(first, last), streams))
         suspended = [SuspendedRun(model) for _ in runs]
         for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
             all_contexts.push(pause.close)
@@ -143,12 +154,17 @@ def run_corpus(
                     contexts.enter_context(listening(i))
                 contexts.enter_context(model.observed(batch.run))
                 streams[i] = model.hook_embed(model.embed(batch.tokens))
-        with model.layers_in_memory(range(first, last)) as blocks:
-            for block in blocks:
+        with (
+            model.layers_in_memory(range(first, last)) as blocks,
+            tqdm(total=(last - first) * len(runs), disable=not verbose, unit="batch") as progress,
+        ):
+            for layer, block in enumerate(blocks, start=first):
+                progress.set_description(f"layer {layer} of {first}..{last - 1}")
                 for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
                     with pause.resumed():
                         stream = streams[i].to(model.cfg.device)
                         streams[i] = model.run_block(block, stream, batch.attend(model))
+                    progress.update()
         for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
             with pause.resumed():
                 if stop_at_layer is None:
@@ -169,25 +185,28 @@ def run_corpus(
     )
 
 
-def _checked(model: StreamedMoE, batches: Iterable[Batch], layers: tuple[int, int]) -> list[_BatchRun]:
-    runs = []
-    for number, batch in enumerate(batches):
-        parts = [batch] if isinstance(batch, Tensor) else batch
-        if not isinstance(parts, Sequence) or not parts or isinstance(parts, str):
-            raise ValueError(
-                f"batch {number} must be tokens, or a tuple that begins with them and their mask, not {batch!r}"
-            )
-        if not isinstance(parts[0], Tensor):
-            raise ValueError(f"batch {number} must begin with tokens, not {type(parts[0]).__name__}")
-        try:
-            tokens, mask = model.tokens_and_mask(parts[0], parts[1] if len(parts) > 1 else None)
-        except ValueError as error:
-            raise ValueError(f"batch {number}: {error}") from error
-        runs.append(_BatchRun(tokens, mask, layers))
+def _checked(
+    model: StreamedMoE, batches: Iterable[Batch], layers: tuple[int, int], attend: MakeAttend | None
+) -> list[_BatchRun]:
+    checked = (CorpusBatch.of(model, number, given) for number, given in enumerate(batches))
+    runs = [_BatchRun(batch.tokens, batch.mask, layers, attend) for batch in checked]
     if not runs:
         raise ValueError("there are no batches to run")
     model.warn_beyond_context(max(run.shape[1] for run in runs))
     return runs
+
+
+def _plan(model: StreamedMoE, runs: Sequence[_BatchRun], layers: range, streams: ResidualStreams) -> str:
+    """What will be read and held."""
+    store = model._required_store()
+    n_tokens = sum(batch.tokens.numel() for batch in runs)
+    in_file = f", and {streams.bytes_in_file / 2**20:,.1f} MiB in a file" if streams.bytes_in_file else ""
+    return (
+        f"plan: {len(layers)} layers, each read once: {store.stored_bytes(layers) / 2**30:,.2f} GiB from disk, for "
+        f"{n_tokens:,} tokens in {len(runs)} batch(es)\n"
+        f"memory: two layers {store.bytes_needed / 2**30:,.2f} GiB; residual streams "
+        f"{streams.bytes_in_memory / 2**20:,.1f} MiB{in_file}"
+    )
 
 
 def _loss(

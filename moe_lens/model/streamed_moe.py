@@ -23,7 +23,8 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.weight_bits import sums_of_bits
 
 if TYPE_CHECKING:
-    from moe_lens.model.layer_major import Batch, CorpusRun, Listening
+    from moe_lens.model.corpus_passes import Batch, MakeAttend
+    from moe_lens.model.layer_major import CorpusRun, Listening
 
 # What may be asked of a weight that is on disk: what it is, not what it holds.
 _FACTS = {
@@ -36,6 +37,11 @@ class LayerSource(Protocol):
     """Where layers come from: `moe_lens.converters.layer_store.LayerStore`."""
 
     counts: Any
+
+    @property
+    def bytes_needed(self) -> int: ...
+
+    def stored_bytes(self, layers: Sequence[int]) -> int: ...
 
     def reading(
         self, layers: Sequence[int]
@@ -215,6 +221,8 @@ class StreamedMoE(HookedMoE):
         memory_budget: int = 2**30,
         logits_budget: int = 2**28,
         spill_directory: str | Path | None = None,
+        attend: MakeAttend | None = None,
+        verbose: bool = False,
     ) -> CorpusRun:
         """Run many batches, reading each layer once for all of them; see `moe_lens.model.layer_major.run_corpus`."""
         from moe_lens.model.layer_major import run_corpus
@@ -228,6 +236,8 @@ class StreamedMoE(HookedMoE):
             memory_budget=memory_budget,
             logits_budget=logits_budget,
             spill_directory=spill_directory,
+            attend=attend,
+            verbose=verbose,
         )
 
     # ---- what a model on disk is not ----
