@@ -598,7 +598,7 @@ def test_map_errors(model_of: Callable[[str], Any]) -> None:
         score_variance_maps(model, tokens, "end", 0, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"2 query positions for 1 rows"):
         mean_score_variance_maps(model, [(tokens, None, [3, 4], 1)], 1)
-    with pytest.raises(ValueError, match="there were no prompts"):
+    with pytest.raises(ValueError, match="there were no batches"):
         mean_score_variance_maps(model, [], 1)
 
     names = map_hooks(model, 1)

@@ -180,6 +180,8 @@ class LayerStatistics:
         self.total: Float[Tensor, "expert d_model"] = torch.zeros(
             cfg.n_experts, cfg.d_model, dtype=torch.float64, device=cfg.device
         )
+        self.weight_norms: dict[str, Float[np.ndarray, " expert"]] = {}
+        self._mlp: Any = model.blocks[layer].mlp
 
     def hooks(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[str, Callable[..., Any]]]:
         """Hooks for one forward pass of a batch. They only look."""
@@ -196,6 +198,11 @@ class LayerStatistics:
             slots = at(value, real, hook).flatten(0, 1)
             seen[_short(hook)] = torch.cat([norms_of(some) for some in in_chunks(slots)])
             self._add(seen, real)
+            # Of a streamed model many batches are under way at a time, and this one may long wait for its end.
+            seen.clear()
+            if not self.weight_norms:
+                # Here, where a streamed model's layer is in memory.
+                self.weight_norms = _weight_norms(self._mlp)
 
         points = {
             "hook_expert_weights": keep,
@@ -282,22 +289,24 @@ def statistics_of(
         output_norm_variance=by_layer(lambda layer: variance(layer.norms)),
         largest_output=by_layer(lambda layer: layer.largest.masked_fill(never(layer), torch.nan)),
         mean_output=by_layer(lambda layer: layer.total / layer.active.count[:, None]),
-        weight_norms=_weight_norms(model, [layer.layer for layer in gathered]),
+        weight_norms={
+            name: np.stack([layer.weight_norms[name] for layer in gathered])
+            for name in gathered[0].weight_norms
+        },
         seed=seed,
         active_means=means(lambda layer: layer.active),
         token_means=means(lambda layer: layer.tokens),
     )
 
 
-def _weight_norms(model: HookedMoE, layers: Sequence[int]) -> dict[str, Float[np.ndarray, "layer expert"]]:
-    norms: dict[str, list[list[float]]] = {name: [] for name in ("W_gate", "W_up", "W_down", "router")}
-    for layer in layers:
-        mlp: Any = model.blocks[layer].mlp
-        for name, found in norms.items():
-            weights = mlp.router.weight if name == "router" else getattr(mlp.experts, name)
-            # One expert at a time, because in float64 they are larger than what the model holds.
-            found.append([float(one.detach().double().norm()) for one in weights])
-    return {name: np.array(found) for name, found in norms.items()}
+def _weight_norms(mlp: Any) -> dict[str, Float[np.ndarray, " expert"]]:
+    weights = {name: getattr(mlp.experts, name) for name in ("W_gate", "W_up", "W_down")}
+    weights["router"] = mlp.router.weight
+    # One expert at a time, because in float64 they are larger than what the model holds.
+    return {
+        name: np.array([float(one.detach().double().norm()) for one in weight])
+        for name, weight in weights.items()
+    }
 
 
 # ---- shared with the released definitions ----

@@ -11,16 +11,15 @@ The corpus need not be the one that experts are ablated on.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_lens.audit.metric_formulas import PAPER_METRICS
 from moe_lens.audit.metric_registry import Metric, find_metrics, forget_metric, metric, metric_names
@@ -39,11 +38,10 @@ from moe_lens.audit.released_metrics import (
     released_of,
 )
 from moe_lens.audit.released_padding import PaddingAsInTransformers, pad_token_of, padded_as_released
+from moe_lens.model.corpus_passes import CorpusBatch, MakeAttend, run_batches
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.observers import Run
 from moe_lens.routing.arguments import few, natural_number
 from moe_lens.routing.contributions import Batches, corpus_of
-from moe_lens.routing.documents import real_tokens
 from moe_lens.routing.provenance import TokenDigest, edit_counts, weights_fingerprint
 from moe_lens.routing.runs import Corpus, Mask
 
@@ -92,7 +90,7 @@ def expert_metrics(
 
     Args:
         model: run without gradients, up to the last of the layers. Hooks on it stay, and what they edited is said in
-            the provenance.
+            the provenance. Of a streamed model each layer is read once for the whole corpus.
         batches_or_texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
             `corpus.token_batches` gives; or any iterable of batches, each tokens `[batch, pos]` or a tuple of tokens,
             the mask of real ones (or None), and whatever else, which is not read. Every row is one document.
@@ -108,7 +106,7 @@ def expert_metrics(
         layers: MoE layers; None is all of them.
         seed: of the metrics that draw (`random`).
         batch_size: documents run at once, of texts, of tokens given as one tensor, and where padding is counted.
-        verbose: show a progress bar.
+        verbose: show a progress bar, and of a streamed model what is read and held.
 
     Raises:
         ValueError: an unknown metric or layer, no batches, a value that is not finite, a metric that gives another
@@ -126,12 +124,7 @@ def expert_metrics(
     chosen = find_metrics(metrics)
     gathered = [LayerStatistics(model, layer) for layer in layers]
     pass_ = _Pass(model, corpus, verbose)
-    for tokens, real in pass_:
-        hooks = [hook for layer in gathered for hook in layer.hooks(real)]
-        with torch.no_grad():
-            model.run_with_hooks(
-                tokens, attention_mask=real, fwd_hooks=hooks, stop_at_layer=layers[-1] + 1, return_type=None
-            )
+    pass_.run(lambda real: [hook for layer in gathered for hook in layer.hooks(real)], layers[-1] + 1)
     statistics = statistics_of(model, gathered, pass_.n_tokens, pass_.n_documents, seed)
     estimates = {asked.name: asked.of(statistics) for asked in chosen}
     return MetricTable(
@@ -178,10 +171,13 @@ def _released_table(
     gathered = [ReleasedLayer(model, layer, as_released) for layer in layers]
     count = ReleasedCount(as_released)
     pass_ = _Pass(model, corpus, verbose)
-    for tokens, real in pass_:
+
+    def hooks_of(real: Bool[Tensor, "batch pos"]) -> Hooks:
         counted, with_outputs = count.of(real)
-        hooks = [hook for layer in gathered for hook in layer.hooks(counted, with_outputs)]
-        _run_with_padding(model, tokens, real, hooks, layers[-1] + 1)
+        return [hook for layer in gathered for hook in layer.hooks(counted, with_outputs)]
+
+    # Padded queries are transformers'; real tokens see what they always see.
+    pass_.run(hooks_of, layers[-1] + 1, PaddingAsInTransformers)
     if count.n_tokens == 0:
         raise ValueError(
             f"as_released={as_released!r} counts texts of 4 tokens or more, and there is none in {corpus.description}"
@@ -209,19 +205,6 @@ def _released_table(
     )
 
 
-def _run_with_padding(
-    model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
-    real: Bool[Tensor, "batch pos"],
-    hooks: Hooks,
-    last: int,
-) -> None:
-    """A forward pass whose padded queries are transformers'. Real tokens see what they always see."""
-    with torch.no_grad(), model.hooks(hooks), model.observed(Run(real, 0, last, tokens)):
-        residual = model.hook_embed(model.embed(tokens))
-        model.run_blocks(residual, PaddingAsInTransformers(model, real), 0, last)
-
-
 class _Pass:
     """One pass over a corpus, and what it was of."""
 
@@ -230,22 +213,35 @@ class _Pass:
         self.n_tokens = self.n_documents = 0
         self._digest, self._edits = TokenDigest(), edit_counts(model)
 
-    def __iter__(self) -> Iterator[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
-        """Tokens, and which of them are real.
+    def run(
+        self,
+        hooks_of: Callable[[Bool[Tensor, "batch pos"]], Hooks],
+        last: int,
+        attend: MakeAttend | None = None,
+    ) -> None:
+        """Run the corpus up to layer `last`, with the hooks that are made for each batch from which of its tokens are
+        real.
 
         Raises:
             ValueError: there are no batches.
         """
-        batches = tqdm(self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch")
-        for given, given_mask in batches:
-            tokens, mask = self.model.tokens_and_mask(given, given_mask)
-            real = real_tokens(tokens, mask)
-            self._digest.add(tokens, real)
-            yield tokens, real
-            self.n_documents += len(tokens)
+
+        def listening(batch: CorpusBatch) -> AbstractContextManager[None]:
+            real = batch.real
+            self._digest.add(batch.tokens, real)
+            self.n_documents += len(real)
             self.n_tokens += int(real.sum())
-        if self.n_documents == 0:
-            raise ValueError("there were no batches, so there is nothing to average over")
+            return self.model.listening(hooks_of(real))
+
+        run_batches(
+            self.model,
+            self.corpus,
+            listening,
+            stop_at_layer=last,
+            attend=attend,
+            n_batches=self.corpus.n_batches,
+            verbose=self.verbose,
+        )
 
     def provenance(self, **more: Any) -> dict[str, Any]:
         cfg, edits = self.model.cfg, edit_counts(self.model)

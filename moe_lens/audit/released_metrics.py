@@ -173,6 +173,8 @@ class ReleasedLayer:
                     self._spread(
                         self.coordinates, first.flatten(), repeat(of, "slot -> (slot d)", d=first.shape[1])
                     )
+            # Of a streamed model many batches are under way at a time, and this one may long wait for its end.
+            seen.clear()
 
         points = {
             "hook_router_logits": logits,

@@ -52,8 +52,10 @@ class LayerOutputs:
         self, real: Bool[Tensor, "batch pos"], prefixes: Int[Tensor, " token"], first_document: int
     ) -> list[tuple[str, Any]]:
         """Hooks for one forward pass of a batch, of whose real tokens the prefixes are given."""
-        document = first_document + real.nonzero()[:, 0]
         chosen: list[Int[Tensor, "token k"]] = []
+
+        def documents() -> Int[Tensor, " token"]:
+            return first_document + real.nonzero()[:, 0]
 
         def choice(value: Int[Tensor, "batch pos k"], hook: HookPoint) -> None:
             chosen.append(value[real])
@@ -62,11 +64,11 @@ class LayerOutputs:
             experts = chosen.pop()
             token = torch.arange(len(experts), device=experts.device).repeat_interleave(experts.shape[1])
             self._check_finite(value, real, hook)
-            self._add(experts.flatten(), prefixes[token], document[token], value[real].flatten(0, 1))
+            self._add(experts.flatten(), prefixes[token], documents()[token], value[real].flatten(0, 1))
 
         def shared(value: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
             self._check_finite(value, real, hook)
-            self._add(torch.full_like(prefixes, SHARED), prefixes, document, value[real])
+            self._add(torch.full_like(prefixes, SHARED), prefixes, documents(), value[real])
 
         points = {"hook_expert_indices": choice, "hook_expert_out": routed}
         if self.has_shared:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -23,11 +24,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.expert_outputs import SHARED, LayerOutputs
 from moe_lens.interventions.token_hashes import FOR_DRAW, hash_of, prefix_hashes
+from moe_lens.model.corpus_passes import CorpusBatch, run_batches
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import few, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
@@ -251,7 +252,7 @@ def expert_reference(
 
     Args:
         model: run without gradients, up to the last of the layers. Hooks on it stay, and what they edited is said in
-            the provenance.
+            the provenance. Of a streamed model each layer is read once for the whole corpus.
         batches_or_texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
             `corpus.token_batches` gives; or any iterable of batches, each tokens `[batch, pos]` or a tuple of tokens,
             the mask of real ones (or None), and whatever else, which is not read. Every row is one document.
@@ -260,7 +261,7 @@ def expert_reference(
         n_samples: the most samples kept of an expert. To resample, an expert needs two.
         seed: of the draw.
         batch_size: documents run at once, of texts and of tokens given as one tensor.
-        verbose: show a progress bar.
+        verbose: show a progress bar, and of a streamed model what is read and held.
 
     Raises:
         ValueError: no batches; a layer that is no MoE layer; `n_samples` below 1; an output that is not finite.
@@ -271,19 +272,20 @@ def expert_reference(
     gathered = {layer: LayerOutputs(model, layer, n_samples, seed) for layer in layers}
     digest, before = TokenDigest(), edit_counts(model)
     n_documents = n_tokens = 0
-    for given, given_mask in tqdm(corpus, total=corpus.n_batches, disable=not verbose, unit="batch"):
-        tokens, mask = model.tokens_and_mask(given, given_mask)
-        digest.add(given, given_mask)
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        hooks = []
-        for outputs in gathered.values():
-            hooks += outputs.hooks(real, prefix_hashes(tokens, real)[real], n_documents)
-        with torch.no_grad():
-            model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks, stop_at_layer=layers[-1] + 1)
-        n_documents += len(tokens)
+
+    def listening(batch: CorpusBatch) -> AbstractContextManager[None]:
+        nonlocal n_documents, n_tokens
+        real = batch.real
+        digest.add(batch.tokens, real)
+        prefixes = prefix_hashes(batch.tokens, real)[real]
+        hooks = [hook for outputs in gathered.values() for hook in outputs.hooks(real, prefixes, n_documents)]
+        n_documents += len(real)
         n_tokens += int(real.sum())
-    if n_documents == 0:
-        raise ValueError("there were no batches, so there are no outputs to keep")
+        return model.listening(hooks)
+
+    run_batches(
+        model, corpus, listening, stop_at_layer=layers[-1] + 1, n_batches=corpus.n_batches, verbose=verbose
+    )
     return ExpertReference(
         layers=layers,
         n_experts=model.cfg.n_experts,

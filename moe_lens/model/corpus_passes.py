@@ -58,13 +58,21 @@ class CorpusBatch:
         """Raises:
         ValueError: it is no batch, or no tokens of the model; with its number.
         """
+        if isinstance(given, str):
+            raise ValueError(
+                f"batch {number} must be tokens, not text; corpus.token_batches makes them of text"
+            )
         parts = [given] if isinstance(given, Tensor) else given
-        if not isinstance(parts, Sequence) or not parts or isinstance(parts, str):
+        if not isinstance(parts, Sequence) or not parts:
             raise ValueError(
                 f"batch {number} must be tokens, or a tuple that begins with them and their mask, not {given!r}"
             )
         if not isinstance(parts[0], Tensor):
             raise ValueError(f"batch {number} must begin with tokens, not {type(parts[0]).__name__}")
+        if parts[0].ndim != 2:
+            raise ValueError(
+                f"batch {number}: tokens must be [batch, pos], one document a row, not {tuple(parts[0].shape)}"
+            )
         try:
             tokens, mask = model.tokens_and_mask(parts[0], parts[1] if len(parts) > 1 else None)
         except ValueError as error:

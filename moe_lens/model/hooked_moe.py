@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -170,6 +170,12 @@ class HookedMoE(HookedModel, TextInterface, ObservedModel):
         for block in list(self.blocks)[first:last]:
             residual = block(residual, attend)
         return residual
+
+    @contextmanager
+    def layers_in_memory(self, layers: Sequence[int]) -> Iterator[Iterator[Block]]:
+        """Go through some layers, each with its weights in memory: here they always are, and in a streamed model
+        (`StreamedMoE.layers_in_memory`) they are read."""
+        yield (self.blocks[layer] for layer in layers)  # type: ignore[misc]
 
     # ---- input checks ----
 

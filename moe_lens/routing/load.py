@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import real_tokens
 
@@ -62,24 +64,24 @@ class LoadCounter:
         self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
     ) -> Iterator[None]:
         """While open, exactly one forward pass of these tokens must be made; padding is not counted."""
-        chosen: dict[int, Int[Tensor, "batch pos k"]] = {}
+        real = real_tokens(tokens, mask)
+        # Of each layer, and not its choices: of a streamed model many batches are under way at a time.
+        counts: dict[int, Int[Tensor, " expert"]] = {}
+
+        def count(value: Int[Tensor, "batch pos k"], hook: HookPoint, place: int) -> None:
+            chosen = value[real].flatten().cpu()
+            counts[place] = torch.bincount(chosen, minlength=self.model.cfg.n_experts)
+
         hooks = [
-            (
-                f"blocks.{layer}.mlp.hook_expert_indices",
-                lambda value, hook, place=place: chosen.__setitem__(place, value),
-            )
+            (f"blocks.{layer}.mlp.hook_expert_indices", partial(count, place=place))
             for place, layer in enumerate(self.model.cfg.moe_layers)
         ]
         with self.model.hooks(hooks):
             yield
-        self._add(chosen, real_tokens(tokens, mask))
-
-    def _add(self, chosen: Mapping[int, Int[Tensor, "batch pos k"]], real: Bool[Tensor, "batch pos"]) -> None:
-        if len(chosen) != len(self.model.cfg.moe_layers):
+        if len(counts) != len(self.model.cfg.moe_layers):
             raise RuntimeError("listening() must see one whole forward pass of its tokens")
-        for place, indices in chosen.items():
-            counted = indices[real].flatten().cpu()
-            self._counts[place] += torch.bincount(counted, minlength=self.model.cfg.n_experts)
+        for place, of_layer in counts.items():
+            self._counts[place] += of_layer
         self._n_tokens += int(real.sum())
 
     def result(self) -> ExpertLoad:

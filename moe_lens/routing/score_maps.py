@@ -14,7 +14,8 @@ and appendix F.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,14 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from moe_lens.corpus import refuse_bare_pair
+from moe_lens.model.corpus_passes import CorpusBatch, run_batches
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import Moments, real_tokens
 from moe_lens.routing.readout import check_receiver, router_readout
 from moe_lens.routing.writes import attention_of, folded_output, head_values
 
+_READ = ("hook_pattern", "hook_v")
 Positions = int | Sequence[int] | Int[Tensor, " batch"]
 
 
@@ -62,7 +65,7 @@ def map_hooks(model: HookedMoE, receiver: int) -> list[str]:
         ValueError: the receiver is no MoE layer.
     """
     check_receiver(model, receiver)
-    points = [f"blocks.{i}.attn.{point}" for i in range(receiver + 1) for point in ("hook_pattern", "hook_v")]
+    points = [f"blocks.{i}.attn.{point}" for i in range(receiver + 1) for point in _READ]
     return [*points, f"blocks.{receiver}.ln2.hook_scale"]
 
 
@@ -106,9 +109,11 @@ def score_variance_maps(
             )
         real = torch.ones(1, scale.shape[1], dtype=torch.bool, device=scale.device)
         queries, keys = _checked_pairs(query, key, real)
-        reader = _PairReader(queries, keys)
-        for name, value in values.items():
-            reader.read(name, value)
+        reader = _PairReader(model, queries, keys, receiver)
+        with model.layers_in_memory(range(receiver + 1)) as blocks:
+            for layer, _ in enumerate(blocks):
+                reader.read_layer(layer, *(values[f"blocks.{layer}.attn.{point}"] for point in _READ))
+        variance, attention = reader.maps(scale)
     else:
         tokens, mask = model.tokens_and_mask(cache_or_tokens, attention_mask)
         if len(tokens) != 1:
@@ -116,8 +121,10 @@ def score_variance_maps(
                 f"score_variance_maps takes one prompt, not {len(tokens)}; mean_score_variance_maps takes many"
             )
         queries, keys = _checked_pairs(query, key, real_tokens(tokens, mask))
-        reader = _run(model, tokens, mask, queries, keys, receiver)
-    variance, attention = _maps(model, reader, receiver)
+        reader = _PairReader(model, queries, keys, receiver)
+        with torch.no_grad(), reader.listening() as maps:
+            model(tokens, attention_mask=mask, stop_at_layer=receiver + 1)
+        variance, attention = maps
     return ScoreVarianceMaps(variance[0], attention[0])
 
 
@@ -127,7 +134,7 @@ def mean_score_variance_maps(
     """The same over many prompts, each with a query and a key of its own, as a stream.
 
     Args:
-        model: run up to the receiver, without gradients.
+        model: run up to the receiver, without gradients; of a streamed model each layer is read once for all prompts.
         prompts: batches `(tokens [batch, pos], mask or None, queries, keys)`; queries and keys are columns, one for
             each row or one for all, negative from the end of the row, padding included.
         receiver: an MoE layer.
@@ -144,17 +151,22 @@ def mean_score_variance_maps(
     shape = (model.cfg.n_layers, model.cfg.attention.n_heads)
     refuse_bare_pair(prompts, "(tokens, mask, queries, keys)")
     moments, n_prompts = Moments(2, *shape), 0
-    for tokens, mask, query, key in prompts:
-        tokens, mask = model.tokens_and_mask(tokens, mask)
-        queries, keys = _checked_pairs(query, key, real_tokens(tokens, mask))
-        maps = torch.stack(_maps(model, _run(model, tokens, mask, queries, keys, receiver), receiver))
-        values = maps.cpu().double().movedim(1, 2)  # [map, layer, prompt, head]
-        present = torch.ones(len(tokens), shape[1], dtype=torch.bool)
+
+    @contextmanager
+    def listening(batch: CorpusBatch) -> Iterator[None]:
+        nonlocal n_prompts
+        if len(batch.rest) != 2:
+            raise ValueError(f"batch {batch.number} must be (tokens, mask, queries, keys)")
+        queries, keys = _checked_pairs(*batch.rest, batch.real)
+        with _PairReader(model, queries, keys, receiver).listening() as maps:
+            yield
+        values = torch.stack(maps).cpu().double().movedim(1, 2)  # [map, layer, prompt, head]
+        present = torch.ones(len(queries), shape[1], dtype=torch.bool)
         moments.add(values, present)
         moments.counted(present.sum(dim=0).double())
-        n_prompts += len(tokens)
-    if n_prompts == 0:
-        raise ValueError("there were no prompts, so there is nothing to average over")
+        n_prompts += len(queries)
+
+    run_batches(model, prompts, listening, stop_at_layer=receiver + 1)
     errors = [moments.standard_error(i) for i in range(2)]
     return MeanScoreVarianceMaps(moments.mean[0], errors[0], moments.mean[1], errors[1], n_prompts)
 
@@ -168,59 +180,68 @@ def _cached(cache: ActivationCache | Mapping[str, Tensor], names: Sequence[str])
 
 
 class _PairReader:
-    """What is read at the query and key of each row: attention weights, the key's values, and the query's scale."""
+    """Variance and attention of every row at its query and key, layer by layer.
 
-    def __init__(self, queries: Int[Tensor, " batch"], keys: Int[Tensor, " batch"]):
+    A layer's weights are read while it runs, because a streamed model has them only then.
+    """
+
+    def __init__(
+        self, model: HookedMoE, queries: Int[Tensor, " batch"], keys: Int[Tensor, " batch"], receiver: int
+    ):
+        self.model, self.receiver = model, receiver
         self.queries, self.keys, self.rows = queries, keys, torch.arange(len(queries), device=queries.device)
-        self.values: dict[str, Tensor] = {}
+        self.readout = router_readout(model, receiver)
+        # The variance of what the key's value carries, and the attention that it is carried with.
+        self.of_layers: list[tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head"]]] = []
 
-    def read(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        if name.endswith("hook_pattern"):
-            self.values[name] = value[self.rows, :, self.queries, self.keys].float()
-        elif name.endswith("hook_v"):
-            self.values[name] = value[self.rows, self.keys].float()
-        else:
-            self.values[name] = value[self.rows, self.queries].float()
-
-    def hook(self, value: Tensor, hook: HookPoint) -> None:
-        assert hook.name is not None
-        self.read(hook.name, value)
-
-
-def _run(
-    model: HookedMoE,
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"] | None,
-    queries: Int[Tensor, " batch"],
-    keys: Int[Tensor, " batch"],
-    receiver: int,
-) -> _PairReader:
-    reader = _PairReader(queries, keys)
-    hooks = [(name, reader.hook) for name in map_hooks(model, receiver)]
-    with torch.no_grad():
-        model.run_with_hooks(tokens, attention_mask=mask, stop_at_layer=receiver + 1, fwd_hooks=hooks)
-    return reader
-
-
-def _maps(
-    model: HookedMoE, reader: _PairReader, receiver: int
-) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"]]:
-    """Variance and attention of every row, NaN for layers after the receiver."""
-    readout = router_readout(model, receiver)
-    scale = reader.values[f"blocks.{receiver}.ln2.hook_scale"]
-    shape = (len(scale), model.cfg.n_layers, model.cfg.attention.n_heads)
-    variance, attention = (torch.full(shape, torch.nan, device=scale.device) for _ in range(2))
-    for layer in range(receiver + 1):
-        block = attention_of(model, layer)
-        read = head_values(block, reader.values[f"blocks.{layer}.attn.hook_v"][:, None])[:, 0]
+    def read_layer(
+        self,
+        layer: int,
+        pattern: Float[Tensor, "batch head query key"],
+        values: Float[Tensor, "batch pos kv_head d_value"],
+    ) -> None:
+        """The next layer, whose weights are in memory."""
+        block = attention_of(self.model, layer)
+        weights = pattern.detach()[self.rows, :, self.queries, self.keys].float()
+        read = head_values(block, values.detach()[self.rows, self.keys].float()[:, None])[:, 0]
         # A cache may lie elsewhere than the model.
-        folded = folded_output(block, readout).to(read.device)
+        folded = folded_output(block, self.readout).to(read.device)
         scores = einsum(read, folded, "b head d_value, head d_value expert -> b head expert")
-        weights = reader.values[f"blocks.{layer}.attn.hook_pattern"]
-        attention[:, layer] = weights
-        variance[:, layer] = scores.var(dim=-1, correction=0) * (weights / scale).square()
-    return variance, attention
+        self.of_layers.append((scores.var(dim=-1, correction=0), weights))
+
+    def maps(
+        self, scale: Float[Tensor, "batch pos 1"]
+    ) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"]]:
+        """Variance and attention of every row, NaN for layers after the receiver."""
+        scale = scale.detach()[self.rows, self.queries].float()
+        shape = (len(scale), self.model.cfg.n_layers, self.model.cfg.attention.n_heads)
+        variance, attention = (torch.full(shape, torch.nan, device=scale.device) for _ in range(2))
+        for layer, (carried, weights) in enumerate(self.of_layers):
+            attention[:, layer] = weights
+            variance[:, layer] = carried * (weights / scale).square()
+        return variance, attention
+
+    @contextmanager
+    def listening(self) -> Iterator[list[Float[Tensor, "batch layer head"]]]:
+        """Around one forward pass up to the receiver: variance and attention are there when it has ended."""
+        maps: list[Tensor] = []
+        held: list[Tensor] = []
+
+        def values(value: Tensor, hook: HookPoint) -> None:
+            held.append(value)
+
+        def pattern(value: Tensor, hook: HookPoint) -> None:
+            self.read_layer(len(self.of_layers), value, held.pop())
+
+        def scale(value: Tensor, hook: HookPoint) -> None:
+            maps.extend(self.maps(value))
+
+        hooks: list[tuple[str, Any]] = []
+        for layer in range(self.receiver + 1):
+            of_layer = zip(_READ, (pattern, values), strict=True)
+            hooks += [(f"blocks.{layer}.attn.{point}", hook) for point, hook in of_layer]
+        with self.model.listening([*hooks, (f"blocks.{self.receiver}.ln2.hook_scale", scale)]):
+            yield maps
 
 
 def _checked_pairs(

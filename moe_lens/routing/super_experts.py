@@ -10,6 +10,7 @@ last layers, which come after those where massive activations form. The three nu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.corpus import TokenBatches, refuse_bare_pair
+from moe_lens.model.corpus_passes import CorpusBatch, run_batches
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.routing.documents import real_tokens
 from moe_lens.routing.queries import expert_variance_rank
 from moe_lens.routing.result import RoutingContributions
 
@@ -42,7 +43,7 @@ def super_experts(
     """Which experts' outputs are extreme, over a corpus.
 
     Args:
-        model: run without gradients.
+        model: run without gradients; of a streamed model each layer is read once for all batches.
         batches: tokens `[batch, pos]`, or an iterable of batches, each such tokens or a tuple of tokens, the mask of
             real ones (or None), and whatever else, which is not read. Padding is not counted.
         quantile: a super expert's maximum is above this quantile of the maxima of all experts of all layers that any
@@ -162,24 +163,17 @@ def _largest_outputs(
     shape = (len(model.cfg.moe_layers), model.cfg.n_experts)
     maxima = torch.zeros(shape, device=model.cfg.device)
     counts = torch.zeros(shape, dtype=torch.long, device=model.cfg.device)
-    n_batches = 0
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
-        if isinstance(batch, str):
-            raise ValueError("batches of tokens are wanted, not text; corpus.token_batches makes them")
-        rest: Sequence[Any] = () if isinstance(batch, Tensor) else batch[1:]
-        tokens, mask = batch if isinstance(batch, Tensor) else batch[0], rest[0] if rest else None
-        real = real_tokens(tokens, mask).to(model.cfg.device)
-        largest = _Largest(real, maxima, counts)
+
+    def listening(batch: CorpusBatch) -> AbstractContextManager[None]:
+        largest = _Largest(batch.real, maxima, counts)
         hooks: list[tuple[str, Any]] = []
         for place, layer in enumerate(model.cfg.moe_layers):
             hooks.append((f"blocks.{layer}.mlp.hook_expert_indices", largest.chose))
             hooks.append((f"blocks.{layer}.mlp.hook_expert_out", partial(largest.wrote, place)))
-        model.run_with_hooks(
-            tokens, attention_mask=mask, stop_at_layer=model.cfg.moe_layers[-1] + 1, fwd_hooks=hooks
-        )
-        n_batches += 1
-    if n_batches == 0:
-        raise ValueError("there were no batches, so no expert was seen")
+        return model.listening(hooks)
+
+    given = [batches] if isinstance(batches, Tensor) else batches
+    run_batches(model, given, listening, stop_at_layer=model.cfg.moe_layers[-1] + 1)
     if not bool(maxima.isfinite().all()):
         raise ValueError("an expert's output holds values that are not finite")
     return maxima.cpu(), counts.cpu()
@@ -203,3 +197,4 @@ class _Largest:
         sizes = out[self.real].abs().amax(dim=-1).float().flatten()
         self.maxima[place].scatter_reduce_(0, self.chosen, sizes, "amax")
         self.counts[place] += torch.bincount(self.chosen, minlength=self.counts.shape[1])
+        del self.chosen
