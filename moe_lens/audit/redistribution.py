@@ -28,7 +28,8 @@ the loss are added.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -40,7 +41,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_lens.audit.census_plan import Documents
 from moe_lens.audit.census_table import Census
@@ -55,6 +55,7 @@ from moe_lens.audit.redistribution_sums import LayerSums
 from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.clean_run import require_no_hooks
 from moe_lens.interventions.spec_base import moe_layers_of
+from moe_lens.model.corpus_passes import CorpusBatch, run_batches
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.arguments import few, natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
@@ -161,7 +162,8 @@ def redistribution(
 
     Args:
         model: in float32, bfloat16 or float16, on any device. It must carry no hooks. In half precision its values are
-            taken as it has them, and everything after that is float64.
+            taken as it has them, and everything after that is float64. Of a streamed model each layer is read once
+            for all documents.
         tokens_or_batches: tokens `[batch, pos]`, one document a row; texts; or batches of (tokens, mask), a
             `TokenBatches` for one. All tokens are held in memory.
         attention_mask: of tokens given as one tensor: true where they are real.
@@ -172,7 +174,7 @@ def redistribution(
         confidence: of the intervals.
         seed: of the draws. The same documents are drawn for all layers.
         batch_size: documents run at once, where they lie in rows of one length.
-        verbose: show a progress bar.
+        verbose: show a progress bar, and of a streamed model what is read and held.
 
     Raises:
         ValueError: what makes no sense, or a census of something else, before anything runs; a model with hooks.
@@ -191,18 +193,13 @@ def redistribution(
 
     started = time.monotonic()
     gathered = [LayerSums(model, layer, documents) for layer in chosen]
-    with tqdm(total=len(documents), disable=not verbose, unit="document") as progress:
-        for first, tokens, real in _batches(documents, batch_size, model.cfg.device):
-            hooks = [hook for layer in gathered for hook in layer.hooks(first, real)]
-            with torch.no_grad():
-                model.run_with_hooks(
-                    tokens,
-                    attention_mask=real,
-                    fwd_hooks=hooks,
-                    stop_at_layer=chosen[-1] + 1,
-                    return_type=None,
-                )
-            progress.update(len(tokens))
+
+    def listening(batch: CorpusBatch) -> AbstractContextManager[None]:
+        (first,) = batch.rest
+        return model.listening([hook for layer in gathered for hook in layer.hooks(first, batch.real)])
+
+    batches = _batches(documents, batch_size, model.cfg.device)
+    run_batches(model, batches, listening, stop_at_layer=chosen[-1] + 1, verbose=verbose)
 
     quantities: dict[int, dict[str, PerDocument]] = {}
     parts = []
@@ -240,19 +237,18 @@ def redistribution(
 
 def _batches(
     documents: Documents, batch_size: int, device: torch.device
-) -> Iterator[tuple[int, Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
-    """The number of the first document, tokens, and which of them are real. Rows of one length go together."""
+) -> list[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], int]]:
+    """Tokens, which of them are real, and the number of the first document. Rows of one length go together."""
+    batches = []
     first = 0
     for _, same_length in groupby(documents.rows, key=lambda row: len(row[0])):
         rows = list(same_length)
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
-            yield (
-                first + start,
-                torch.stack([tokens for tokens, _ in some]).to(device),
-                torch.stack([real for _, real in some]).to(device),
-            )
+            tokens, real = (torch.stack(list(parts)).to(device) for parts in zip(*some, strict=True))
+            batches.append((tokens, real, first + start))
         first += len(rows)
+    return batches
 
 
 # ---- the census ----
