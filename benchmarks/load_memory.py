@@ -97,20 +97,19 @@ def tensors_of(config: OlmoeConfig) -> Iterator[dict[str, Tensor]]:
 
 
 def write_checkpoint(config: OlmoeConfig, directory: Path, *, sharded: bool) -> int:
-    """Write it, and return the bytes of its weight files."""
+    """Write it, and return the bytes of its weight files. In shards, a group is in memory at a time."""
     torch.manual_seed(0)
     directory.mkdir()
     config.save_pretrained(directory)
-    groups = list(tensors_of(config))
     if not sharded:
         save_file(
-            {name: value for group in groups for name, value in group.items()},
+            {name: value for group in tensors_of(config) for name, value in group.items()},
             directory / "model.safetensors",
         )
     else:
-        weight_map = {}
-        for number, group in enumerate(groups, start=1):
-            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map, n_groups = {}, 1 + config.num_hidden_layers
+        for number, group in enumerate(tensors_of(config), start=1):
+            file = f"model-{number:05d}-of-{n_groups:05d}.safetensors"
             save_file(group, directory / file)
             weight_map |= dict.fromkeys(group, file)
         index = {"metadata": {}, "weight_map": weight_map}

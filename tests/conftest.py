@@ -142,6 +142,15 @@ def streamed(checkpoint: Any) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
+def in_memory(checkpoint: Any) -> Callable[..., Any]:
+    """`in_memory(variant)`: its checkpoint, loaded for this test alone, to be held against a streamed one bit by bit:
+    of `hooked`'s models one cannot know what other tests have set on them."""
+    from tests.checkpoints import load
+
+    return lambda variant, **options: load(checkpoint(variant), **options)
+
+
+@pytest.fixture
 def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test as soon as a checkpoint's tensor is read."""
 

@@ -66,7 +66,7 @@ def test_a_corpus_is_its_batches(
 
 
 @torch.no_grad()
-def test_a_corpus_in_part_and_without_listeners(streamed: Any, hooked: Any) -> None:
+def test_a_corpus_in_part_and_without_listeners(streamed: Any, in_memory: Any) -> None:
     model, last = streamed("qwen2_moe"), []
     hook = ("blocks.1.hook_resid_post", lambda value, hook: last.append(value))
     with model.hooks([hook]):
@@ -74,19 +74,19 @@ def test_a_corpus_in_part_and_without_listeners(streamed: Any, hooked: Any) -> N
     assert got.losses is None
     assert got.layers_read == 2
     for stream, (tokens, _) in zip(last, BATCHES, strict=True):
-        assert torch.equal(stream, hooked("qwen2_moe")(tokens, stop_at_layer=2))
+        assert torch.equal(stream, in_memory("qwen2_moe")(tokens, stop_at_layer=2))
 
 
 @pytest.mark.parametrize("rank_shift", [False, True])
 @pytest.mark.parametrize("by", ["layer", "expert"])
 @torch.no_grad()
 def test_an_accumulator_listens_as_it_does_to_plain_runs(
-    streamed: Any, hooked: Any, by: str, rank_shift: bool
+    streamed: Any, in_memory: Any, by: str, rank_shift: bool
 ) -> None:
     """Analyses need not know which run they listen to: the same means, bit by bit."""
     batches = [(tokens, mask.bool()) for tokens, mask in BATCHES]
     ours = ContributionAccumulator(streamed("deepseek_v2"), by=by, rank_shift=rank_shift)
-    theirs = ContributionAccumulator(hooked("deepseek_v2"), by=by, rank_shift=rank_shift)
+    theirs = ContributionAccumulator(in_memory("deepseek_v2"), by=by, rank_shift=rank_shift)
     for tokens, mask in batches:
         with theirs.listening(tokens, mask):
             theirs.model(tokens, attention_mask=mask)
@@ -114,21 +114,21 @@ def test_a_listener_takes_its_own_hooks_off(streamed: Any) -> None:
 
 
 @torch.no_grad()
-def test_logits_in_parts(streamed: Any, hooked: Any) -> None:
+def test_logits_in_parts(streamed: Any, in_memory: Any) -> None:
     model, largest = streamed("olmoe"), []
     model.unembed.register_forward_hook(lambda module, given, out: largest.append(out.numel()))
     got = model.run_corpus(BATCHES, return_type="loss", logits_budget=3 * 2 * 128 * 4)
     assert max(largest) <= 3 * 2 * 128
-    for loss, expected in zip(got.losses, batchwise(hooked("olmoe"), BATCHES)[0], strict=True):
+    for loss, expected in zip(got.losses, batchwise(in_memory("olmoe"), BATCHES)[0], strict=True):
         torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("where", ["around the call", "around each batch"])
 @torch.no_grad()
-def test_interventions_on_a_corpus(streamed: Any, hooked: Any, where: str) -> None:
+def test_interventions_on_a_corpus(streamed: Any, in_memory: Any, where: str) -> None:
     """`intervene` keeps one run's values: each batch has its own, and the receipt counts them all."""
     specs = (Ablate(ranks=1, layers=0, how="renormalize"), TopK(2, layers=1), RouterOnly("A1", receivers=[2]))
-    model, theirs = streamed("olmoe"), hooked("olmoe")
+    model, theirs = streamed("olmoe"), in_memory("olmoe")
     expected, expected_receipts = [], []
     for tokens, mask in BATCHES:
         with theirs.intervene(*specs) as receipt:

@@ -131,7 +131,7 @@ def test_a_file_cut_short_while_it_is_read(copy: Any, streamed: Any, monkeypatch
 )
 @pytest.mark.parametrize("corpus", [False, True])
 def test_errors_of_the_reading_thread_come_out_as_they_are(
-    streamed: Any, hooked: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, corpus: bool
+    streamed: Any, in_memory: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, corpus: bool
 ) -> None:
     model, fill = streamed("olmoe"), LayerStore._fill
     heard: list[dict[str, Tensor]] = []
@@ -150,13 +150,13 @@ def test_errors_of_the_reading_thread_come_out_as_they_are(
             run()
         assert caught.value is error
     assert_nothing_is_left(model)
-    assert torch.equal(model(prompts()[0]), hooked("olmoe")(prompts()[0]))
+    assert torch.equal(model(prompts()[0]), in_memory("olmoe")(prompts()[0]))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("place", ["hook_embed", "blocks.1.hook_resid_mid", "ln_final.hook_scale"])
 def test_errors_of_listeners_leave_nothing_behind(
-    streamed: Any, hooked: Any, tmp_path: Path, error: type[BaseException], place: str
+    streamed: Any, in_memory: Any, tmp_path: Path, error: type[BaseException], place: str
 ) -> None:
     """Every batch's contexts are left with the error, last to first; no thread, file or hook stays."""
     model, left = streamed("olmoe"), []
@@ -179,7 +179,7 @@ def test_errors_of_listeners_leave_nothing_behind(
     assert left == expected[place]
     assert_nothing_is_left(model)
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(model(prompts()[0]), hooked("olmoe")(prompts()[0]))
+    assert torch.equal(model(prompts()[0]), in_memory("olmoe")(prompts()[0]))
 
 
 def test_no_room_for_streams(streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,8 @@ def test_another_dtype_than_on_disk(streamed: Any, checkpoint: Any, variant: str
 
 
 @torch.no_grad()
-def test_parts_of_a_run_read_their_layers_only(streamed: Any, hooked: Any) -> None:
-    ours, theirs, (tokens, _) = streamed("olmoe"), hooked("olmoe"), prompts()
+def test_parts_of_a_run_read_their_layers_only(streamed: Any, in_memory: Any) -> None:
+    ours, theirs, (tokens, _) = streamed("olmoe"), in_memory("olmoe"), prompts()
     stream = theirs(tokens, stop_at_layer=1)
     assert torch.equal(ours(tokens, stop_at_layer=1), stream)
     assert ours.read_counts.layers_read == 1
@@ -69,21 +69,22 @@ def test_parts_of_a_run_read_their_layers_only(streamed: Any, hooked: Any) -> No
     assert ours.read_counts.layers_read == 4
 
 
-def test_inference_mode_and_back(streamed: Any, hooked: Any) -> None:
-    model, expected = streamed("qwen3_moe"), hooked("qwen3_moe")(prompts()[0])
+def test_inference_mode_and_back(streamed: Any, in_memory: Any) -> None:
+    model, theirs = streamed("qwen3_moe"), in_memory("qwen3_moe")
+    expected = theirs(prompts()[0])
     for context in (torch.inference_mode, torch.enable_grad, torch.inference_mode):
         with context():
             assert torch.equal(model(prompts()[0]), expected)
             assert torch.equal(
                 model.run_corpus([prompts()[0]], return_type="loss").losses[0],
-                hooked("qwen3_moe")(prompts()[0], return_type="loss", loss_per_token=True),
+                theirs(prompts()[0], return_type="loss", loss_per_token=True),
             )
 
 
 @pytest.mark.parametrize("variant", ["olmoe", "deepseek_v2"])
 @torch.no_grad()
-def test_hooks_interventions_and_generation(streamed: Any, hooked: Any, variant: str) -> None:
-    ours, theirs, (tokens, mask) = streamed(variant), hooked(variant), prompts("left")
+def test_hooks_interventions_and_generation(streamed: Any, in_memory: Any, variant: str) -> None:
+    ours, theirs, (tokens, mask) = streamed(variant), in_memory(variant), prompts("left")
     edits = [("blocks.1.hook_attn_out", lambda value, hook: value * 0.5)]
     assert torch.equal(
         ours.run_with_hooks(tokens, fwd_hooks=edits), theirs.run_with_hooks(tokens, fwd_hooks=edits)
@@ -128,12 +129,12 @@ def test_one_layer_is_there_and_the_next_is_being_read(streamed: Any) -> None:
     assert sum(s.nbytes for s in model.store._stretches) == 2 * largest  # type: ignore[union-attr]
 
 
-def test_what_is_kept_of_a_layer_does_not_turn_into_another(streamed: Any, hooked: Any) -> None:
+def test_what_is_kept_of_a_layer_does_not_turn_into_another(streamed: Any, in_memory: Any) -> None:
     model, kept = streamed("olmoe"), []
     for _ in range(2):
         with model.layers_in_memory([0, 1, 2]) as blocks:
             kept += [block.mlp.experts.W_down for block in blocks]
-    expected = [block.mlp.experts.W_down for block in hooked("olmoe").blocks]
+    expected = [block.mlp.experts.W_down for block in in_memory("olmoe").blocks]
     for ours, theirs in zip(kept, expected * 2, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -198,10 +199,10 @@ def test_waiting_is_counted(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> N
 # --- what it is not -----------------------------------------------------------------------------------------
 
 
-def test_gradients_are_refused(streamed: Any, hooked: Any) -> None:
+def test_gradients_are_refused(streamed: Any, in_memory: Any) -> None:
     model, (tokens, _) = streamed("olmoe"), prompts()
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    stream = hooked("olmoe")(tokens, stop_at_layer=1).detach().requires_grad_()
+    stream = in_memory("olmoe")(tokens, stop_at_layer=1).detach().requires_grad_()
     for refused in (
         lambda: model(stream, start_at_layer=1),
         lambda: model.run_with_hooks(
@@ -241,10 +242,10 @@ def test_moving_storing_and_copying_are_refused(streamed: Any, tmp_path: Path) -
             refused()
 
 
-def test_biases_are_in_memory(streamed: Any, hooked: Any) -> None:
+def test_biases_are_in_memory(streamed: Any, in_memory: Any) -> None:
     for variant in ("olmoe_bias_odd_width", "mixtral"):
         for layer in range(3 if variant != "mixtral" else 2):
-            ours, theirs = (m(variant).accumulated_bias(layer, True) for m in (streamed, hooked))
+            ours, theirs = (m(variant).accumulated_bias(layer, True) for m in (streamed, in_memory))
             assert torch.equal(ours, theirs)
 
 
@@ -259,12 +260,12 @@ def test_memory_is_checked(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, cap
         load(checkpoint("olmoe"), stream=True)
 
 
-def test_a_symlinked_shard_is_read(copy: Any, streamed: Any, hooked: Any, tmp_path: Path) -> None:
+def test_a_symlinked_shard_is_read(copy: Any, streamed: Any, in_memory: Any, tmp_path: Path) -> None:
     """The hub's cache is made of links."""
     directory = copy("olmoe")
     shutil.move(directory / SINGLE, tmp_path / "blob")
     (directory / SINGLE).symlink_to(tmp_path / "blob")
-    assert torch.equal(streamed(directory)(prompts()[0]), hooked("olmoe")(prompts()[0]))
+    assert torch.equal(streamed(directory)(prompts()[0]), in_memory("olmoe")(prompts()[0]))
 
 
 def test_tensors_larger_than_a_piece(
