@@ -16,7 +16,7 @@ kernel may drop. The seconds are of loading and running together. Results are ch
 
 To reach: streamed at most 4 GB (RssAnon + RssShmem) where the resident run takes 15; at most 1.25 times its time.
 
-    python benchmarks/streamed.py [--layers 16] [--tasks losses contributions metrics census] [--directory DIR]
+    python benchmarks/streamed.py [--layers 16] [--tasks losses contributions metrics census] [--checkpoint DIR]
 
 Linux only. It takes 15 GB of disk, 17 GB of memory for the resident runs (--no-resident leaves them out), and with the
 full 16 layers about half an hour on two cores.
@@ -69,7 +69,8 @@ if task == "losses":
 elif task == "contributions":
     results = routing_contributions(model, batches, by=("layer", "head", "expert"), verbose=True)
     answer = {
-        f"{by}, {where}": np.asarray(result.variance[where]) for by, result in results.items() for where in ("lead", "rest")
+        f"{by}, {where}": np.asarray(values)
+        for by, result in results.items() for where, values in result.variance.items()
     }
 elif task == "metrics":
     answer = dict(expert_metrics(model, batches, verbose=True).values)
@@ -112,7 +113,7 @@ def require_disk(directory: Path) -> str:
         key=lambda mount: len(mount[0]),
     )
     if kind in ("tmpfs", "ramfs"):
-        raise SystemExit(f"{directory} lies in memory ({kind}); give --directory on a disk")
+        raise SystemExit(f"{directory} lies in memory ({kind}); give a --checkpoint on a disk")
     return kind
 
 
@@ -197,26 +198,28 @@ def describe(task: str, mode: str, of: Run) -> str:
     )
     if mode == "resident":
         return line + "– | –"
-    waiting = facts["seconds_waiting"]
-    return (
-        line
-        + f"{facts['bytes_read'] / 1e9:.1f} ({facts['layers_read']} layers) | {waiting:.1f} s = {waiting / facts['seconds']:.1%}"
-    )
+    waiting, share = facts["seconds_waiting"], facts["seconds_waiting"] / facts["seconds"]
+    read = f"{facts['bytes_read'] / 1e9:.1f} ({facts['layers_read']} layers)"
+    return line + f"{read} | {waiting:.1f} s = {share:.1%}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--directory", type=Path, help="on a disk; default: the system's temporary directory")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="kept there, and not written again; default: a temporary directory"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-resident", action="store_true", help="streamed runs alone")
     arguments = parser.parse_args()
     modes = MODES[1:] if arguments.no_resident else MODES
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        kind = require_disk(Path(scratch))
-        directory = Path(scratch) / "checkpoint"
-        n_bytes = write_checkpoint(config_of(arguments.layers), directory, sharded=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = arguments.checkpoint or Path(scratch) / "checkpoint"
+        kind = require_disk(directory.parent)
+        if not directory.exists():
+            write_checkpoint(config_of(arguments.layers), directory, sharded=True)
+        n_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         print(
             f"{arguments.layers} layers, {n_bytes / 1e9:.1f} GB in bfloat16 on {kind}; 4,096 tokens; "
             f"{arguments.threads} threads; torch {torch.__version__}",
