@@ -198,7 +198,7 @@ def _settings(
         if name not in PREDICTORS:
             raise ValueError(f"predictor {name!r} must be one of {', '.join(map(repr, PREDICTORS))}")
     if "first_order" in chosen:
-        require_gradients()
+        require_gradients(model)
     change = Change(how, reference, natural_number(seed, "seed"))
     if shared:
         check_shared(model, change)

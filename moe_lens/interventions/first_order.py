@@ -22,12 +22,15 @@ from torch import Tensor
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.replay import ReplayAttend
 from moe_lens.interventions.replay_plan import branch_bytes
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import require_gradients_of
 
 
-def require_gradients() -> None:
+def require_gradients(model: HookedMoE) -> None:
     """Raises:
     ValueError: there can be none here.
     """
+    require_gradients_of(model, "first_order")
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "first_order needs gradients, and torch.inference_mode() forbids them; torch.no_grad() does not"
@@ -47,10 +50,10 @@ def loss_gradients(
         memory_budget: bytes for what the backward pass keeps.
 
     Raises:
-        ValueError: inside of `torch.inference_mode()`.
+        ValueError: inside of `torch.inference_mode()`; a streamed model.
     """
-    require_gradients()
     model = clean.model
+    require_gradients(model)
     step = max(1, memory_budget // (branch_bytes(model, len(clean.tokens)) * model.cfg.n_layers))
     return torch.cat([_gradients(clean, rows[i : i + step]) for i in range(0, len(rows), step)], dim=1)
 

@@ -27,6 +27,7 @@ from moe_lens.routing.writes import (
     attention_of,
     head_values,
     mlp_of,
+    reading_weights,
     routed_neurons,
     scattered,
     shared_neurons,
@@ -40,6 +41,7 @@ def along(
     return einsum(vectors.float(), directions, "b p d_model, b p d_model -> b p")
 
 
+@reading_weights
 def scores_along(
     model: HookedMoE, group: SenderGroup, values: Values, directions: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "sender batch pos"]:

@@ -12,8 +12,9 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -23,9 +24,13 @@ from torch import Tensor
 from moe_lens.model.attention import Attention
 from moe_lens.model.expert_matmul import SlotOrder, expert_matmul
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import weights_in_memory
 from moe_lens.model.mlp import DenseMLP
 from moe_lens.model.moe import MoE
 from moe_lens.routing.senders import SenderGroup
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 Values = Mapping[str, Tensor]
 """Hook values, by their whole names."""
@@ -121,7 +126,27 @@ def scattered(
 
 # ---- scores and sums ----
 
+READ_WITH_WEIGHTS = ("heads", "sources", "neurons", "dense neurons")
+"""Kinds of senders that are read through their layer's matrices."""
 
+
+def reading_weights(
+    function: Callable[Concatenate[HookedMoE, SenderGroup, _Arguments], _Result],
+) -> Callable[Concatenate[HookedMoE, SenderGroup, _Arguments], _Result]:
+    """A function of a model and a group of senders, within which the group's layer is in memory if it is read."""
+
+    @wraps(function)
+    def reading(
+        model: HookedMoE, group: SenderGroup, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        layer = group.layer if group.kind in READ_WITH_WEIGHTS else None
+        with weights_in_memory(model, layer):
+            return function(model, group, *args, **kwargs)
+
+    return reading
+
+
+@reading_weights
 def sender_scores(
     model: HookedMoE, group: SenderGroup, values: Values, readout: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "sender batch pos row"]:
@@ -179,6 +204,7 @@ def sender_scores(
             return _neuron_scores(of.at("hook_post").float(), mlp.W_down, readout)
 
 
+@reading_weights
 def written_by(
     model: HookedMoE, group: SenderGroup, values: Values
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
