@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moe_lens.ranks import ALONE, Ranks
+
 DEFAULT_CORPUS = "bundled-demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,12 +64,15 @@ def check_corpus_and_output(options: argparse.Namespace) -> None:
         raise ValueError(f"--memory-budget {options.memory_budget} must be a positive number of GiB")
 
 
-def model_of(options: argparse.Namespace) -> Any:
-    """The model that is asked for."""
+def model_of(options: argparse.Namespace, ranks: Ranks = ALONE) -> Any:
+    """The model that is asked for, on this process's device."""
     from moe_lens.model.hooked_moe import HookedMoE
 
     return HookedMoE.from_pretrained(
-        options.model, dtype=DTYPES.get(options.dtype), device=device_of(options.device)
+        options.model,
+        dtype=DTYPES.get(options.dtype),
+        device=ranks.device(device_of(options.device)),
+        verbose=ranks.first,
     )
 
 
