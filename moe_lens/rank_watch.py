@@ -98,25 +98,28 @@ class Watch:
         self._say()
 
     def start(self) -> None:
-        """Every rank has made its watch."""
+        """From now on; where `listening` is open."""
         threading.Thread(target=self._watch, name="watch over the other ranks", daemon=True).start()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While open, SIGTERM raises `Told`, once."""
+        """While open, SIGTERM raises `Told`, and SIGINT `KeyboardInterrupt`: whichever comes first, once."""
+        handled = {signal.SIGTERM: Told, signal.SIGINT: KeyboardInterrupt}
 
-        def told(*_: object) -> None:
+        def stop(number: int, _: object) -> None:
             # What is put in order now must not be cut short by another.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise Told
+            for one in handled:
+                signal.signal(one, signal.SIG_IGN)
+            raise handled[signal.Signals(number)]
 
-        before = signal.signal(signal.SIGTERM, told)
+        before = {number: signal.signal(number, stop) for number in handled}
         try:
             yield
         finally:
-            # Told already, this process is on its way out.
-            if signal.getsignal(signal.SIGTERM) is told:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                # One that was stopped is on its way out.
+                if signal.getsignal(number) is stop:
+                    signal.signal(number, handler)
 
     def end(self, cause: str) -> None:
         """This rank ends: because of this, or because it is done, which is no cause."""
@@ -165,7 +168,10 @@ class Watch:
 
     def _words(self) -> dict[int, Word]:
         others = [rank for rank in range(self.n) if rank != self.rank]
-        said = self.store.multi_get([f"rank {rank}" for rank in others]) if others else []
+        keys = [f"rank {rank}" for rank in others]
+        if not others or not self.store.check(keys):
+            return {}  # alone; or not all are so far
+        said = self.store.multi_get(keys)
         return {rank: Word(**json.loads(word)) for rank, word in zip(others, said, strict=True)}
 
     def _look(self) -> str:

@@ -147,7 +147,7 @@ class Ranks:
             )
 
     def device(self, asked: torch.device | None) -> torch.device | None:
-        """Of this process.
+        """That of this process; where it is one of several CUDA devices, torch's current one from now on.
 
         Args:
             asked: None is a CUDA device where there is one.
@@ -177,7 +177,8 @@ def became_visible(path: Path) -> bool:
 def joined() -> Iterator[Ranks]:
     """The ranks that `torchrun` started, with this process among them; `ALONE` where it was not started so.
 
-    Call it in the main thread. While it is open, SIGTERM raises, so that what is under way can be put in order.
+    Call it in the main thread. While it is open, SIGTERM raises, so that what is under way can be put in order; and of
+    several signals, as `torchrun` and a terminal send them, the first counts.
 
     Raises:
         RankLost: another rank has ended, or this one was told to stop.
@@ -188,6 +189,7 @@ def joined() -> Iterator[Ranks]:
     ranks = _Launched()
     try:
         with ranks.watch.listening():
+            ranks.watch.start()
             yield ranks
     except Told:
         cause = ranks.watch.cause(patience=3.0)
@@ -242,8 +244,6 @@ class _Launched(Ranks):
         # The watch asks from a thread of its own, and a connection answers one at a time.
         other = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.watch = Watch(c10d.PrefixStore("watch", other), self.rank, self.n)
-        self.wait()
-        self.watch.start()
 
     def _key(self) -> str:
         """Of the next thing that is done together: all ranks do the same things, in the same order."""
@@ -306,7 +306,9 @@ class _Launched(Ranks):
                 f"{socket.gethostname()} has {there} CUDA devices for {self.n_local} processes; start as many: "
                 f"torchrun --nproc-per-node {there}"
             )
-        return torch.device("cuda", self.local_rank)
+        own = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(own)
+        return own
 
 
 def require_alone() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moe_lens import cli, rank_watch
 from moe_lens.rank_watch import Told, Watch, Word
@@ -108,7 +108,7 @@ def test_silence(pair: tuple[Watch, Watch], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_store_is_gone(pair: tuple[Watch, Watch], monkeypatch: pytest.MonkeyPatch) -> None:
     one, _ = pair
-    store = SimpleNamespace(multi_get=_fails, set=_fails)
+    store = SimpleNamespace(check=_fails, set=_fails)
     monkeypatch.setattr(one, "store", store)
     assert one.cause() == (
         "torchrun's store cannot be reached, which the first machine keeps: that machine is lost, or a rank there has "
@@ -125,7 +125,7 @@ def test_the_main_thread_is_told(pair: tuple[Watch, Watch], monkeypatch: pytest.
     """In the middle of a long sleep; and once only."""
     monkeypatch.setattr(rank_watch, "EVERY", 0.05)
     one, other = pair
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     started = time.monotonic()
     threading.Timer(0.2, other.end, ["rank 1 met an error: no"]).start()
     one.start()
@@ -133,9 +133,18 @@ def test_the_main_thread_is_told(pair: tuple[Watch, Watch], monkeypatch: pytest.
         time.sleep(30)
     assert time.monotonic() - started < 10
     assert one.known == "rank 1 met an error: no"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     one.end("")
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        assert signal.getsignal(number) is signal.SIG_IGN
+        signal.signal(number, handler)
+    with pytest.raises(KeyboardInterrupt), one.listening():
+        signal.raise_signal(signal.SIGINT)
+    for number, handler in before.items():
+        assert signal.getsignal(number) is signal.SIG_IGN
+        signal.signal(number, handler)
+    with one.listening():
+        pass
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_a_deaf_process_is_ended(tmp_path: Path) -> None:
@@ -172,7 +181,10 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ranks.device(None), ranks.device(cpu)) == (None, cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert ranks.device(None) == ranks.device(cuda) == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)] * 2
     assert ranks.device(cpu) == cpu
     with pytest.raises(ValueError, match="cuda:0 would be shared by the 2 processes of this machine"):
         ranks.device(torch.device("cuda:0"))

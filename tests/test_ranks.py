@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,11 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.run import parse_args as torchrun_arguments
 
 from moe_lens import cli, ranks
 from moe_lens.audit import census
 from moe_lens.audit.census_plan import runs_of
 from moe_lens.audit.census_table import Census
+from moe_lens.commands import contributions
+from moe_lens.corpus_presets import corpus_kind
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.ranks import ALONE, joined
 from moe_lens.routing import shards
@@ -167,7 +172,8 @@ def test_contributions_go_on_after_a_kill(command: Callable[..., list[str]], tmp
             "_measured",
             lambda self, piece, done: (seen.append(piece), made(self, piece, done))[1],
         )
-        assert cli.main(arguments) == 0
+        # Without torchrun, and without saying that there are shards.
+        assert cli.main(arguments[:-2]) == 0
     assert len(seen) == N_DOCUMENTS - len(before)
     assert contents(output) == contents(whole)
 
@@ -218,7 +224,7 @@ def test_shards_of_another_run_are_refused(model_of: Callable[[str], Any], tmp_p
     model, folder = model_of("mixtral"), tmp_path / "shards"
     tokens, _ = prompts(batch=6, length=5)
 
-    def run(given: torch.Tensor = tokens, number: int | None = 3, **how: Any) -> Any:
+    def run(given: Any = tokens, number: Any = 3, **how: Any) -> Any:
         how = {"batch_size": 2, **how}
         return routing_contributions(model, given, shards=Shards(folder, number=number), **how)
 
@@ -463,6 +469,48 @@ def test_the_package_is_the_command(
         runpy.run_module("moe_lens", run_name="__main__")
     assert ended.value.code == 0
     assert "usage: moe-lens contributions" in capsys.readouterr().out
+
+
+def torchrun_hands_on(*arguments: str) -> list[str]:
+    """What torchrun's own parser leaves to the program."""
+    given = ["--nproc-per-node", "2", "-m", "moe_lens", *arguments]
+    return torchrun_arguments(given).training_script_args
+
+
+@pytest.mark.parametrize("name", ["contributions", "census"])
+def test_torchrun_takes_no_option_for_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    options = {*re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)} - {"--help"}
+    assert {"--documents", "--n", "--output", "--corpus", "--dtype"} < options
+    for option in options - {"--n"}:
+        assert torchrun_hands_on(name, "mini", option, "1") == [name, "mini", option, "1"]
+    with pytest.raises(SystemExit):  # when this changes, --documents is not needed
+        torchrun_hands_on(name, "mini", "--n", "1")
+
+
+def test_the_slurm_script() -> None:
+    script = Path(__file__).parents[1] / "tutorials" / "slurm" / "contributions.sbatch"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    (line,) = re.findall(
+        r"^srun \S+ torchrun(.*?)\n\n?\Z", script.read_text().replace("\\\n", ""), re.M | re.S
+    )
+    values = {
+        "SLURM_NNODES": "2",
+        "PROCESSES": "4",
+        "SLURM_JOB_ID": "1",
+        "HEAD": "h",
+        "MODEL": "mini",
+        "OUTPUT": "o",
+    }
+    for name, value in values.items():
+        line = line.replace(f"${name}", value)
+    torchrun = torchrun_arguments(shlex.split(line))
+    assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.rdzv_endpoint) == ("2", "4", "h:29500")
+    assert (torchrun.module, torchrun.training_script) == (True, "moe_lens")
+    options = cli._parser().parse_args(torchrun.training_script_args)
+    assert (options.run, options.by) == (contributions.run, ["layer", "head", "expert"])
+    corpus_kind(options.corpus)
 
 
 def test_alone(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def add(commands: Any) -> None:
         "--shards",
         type=int,
         metavar="N",
-        help="measure the corpus in so many parts, as under torchrun, where the default is at most 64: the most "
-        "processes that have something to do",
+        help="measure the corpus in so many parts, as torchrun's processes do (there the default is at most 64): no more "
+        "processes have something to do",
     )
     add_memory_budget(parser, 4.0)
     add_precision(parser)
@@ -110,9 +110,10 @@ def _kept(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """How the run is kept: in one state, or in shards."""
     from moe_lens.routing.shards import Shards
 
-    if not ranks.launched and options.shards is None:
-        return {"state": options.output / "state.safetensors"}
-    return {"shards": Shards(options.output / "shards", ranks, options.shards)}
+    folder = options.output / "shards"
+    if ranks.launched or options.shards is not None or folder.is_dir():
+        return {"shards": Shards(folder, ranks, options.shards)}
+    return {"state": options.output / "state.safetensors"}
 
 
 def _largest(result: Any) -> str:

@@ -32,7 +32,14 @@ def add_corpus(parser: argparse.ArgumentParser, seed_help: str) -> None:
         help="a preset's name, a .jsonl or text file, lines:FILE for a text file whose lines are documents, "
         "hf:NAME[:CONFIG[:SPLIT]], or PRESET@SOURCE for a preset's recipe on one of these (default: bundled-demo)",
     )
-    parser.add_argument("--n", type=int, help="documents; default: the preset's number, else all")
+    # torchrun takes --n for the beginning of an option of its own.
+    parser.add_argument(
+        "--n",
+        "--documents",
+        type=int,
+        metavar="N",
+        help="how many documents (default: the preset's number, else all); under torchrun write --documents",
+    )
     parser.add_argument(
         "--allow-fewer", action="store_true", help="where there are fewer than --n, take those"
     )

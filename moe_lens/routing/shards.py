@@ -146,7 +146,6 @@ class ShardedRun:
             "revision": cfg.revision,
             "dtype": str(cfg.dtype).removeprefix("torch."),
             "weights": weights_fingerprint(self.model),
-            "streamed": isinstance(self.model, StreamedMoE),
             "corpus": self.corpus.description,
             "fingerprint": digest.hexdigest(),
             "batches": layout.hexdigest(),
@@ -246,11 +245,10 @@ class ShardedRun:
 
     def _measured(self, piece: _Piece, batch_done: Any) -> dict[str, RoutingContributions]:
         batches = _Counted(self.batches[piece.first : piece.end], batch_done)
-        receivers = self.plan.chunks[piece.chunk]
         return Run(
             self.model,
             Corpus(batches, True, self.corpus.description),
-            Plan([receivers], self.plan.bytes_needed, self.plan.largest),
+            replace(self.plan, chunks=[self.plan.chunks[piece.chunk]]),
             self.settings,
             state=None,
             save_every=0.0,
@@ -272,7 +270,12 @@ class ShardedRun:
         if not became_visible(path):
             raise ValueError(f"the shard {str(path)!r} is gone")
         _require_run(path, self.identities[piece.chunk])
-        arrays, facts = read_arrays(path, "a shard of contributions")
+        try:
+            arrays, facts = read_arrays(path, "a shard of contributions")
+        except ValueError as error:
+            raise ValueError(
+                f"the shard {str(path)!r} is damaged: {error}; delete it, and it is measured again"
+            ) from error
         return {
             by: RoutingContributions.from_arrays(
                 {
