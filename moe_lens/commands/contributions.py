@@ -52,8 +52,8 @@ def add(commands: Any) -> None:
         "--shards",
         type=int,
         metavar="N",
-        help="measure the corpus in so many parts, as torchrun's processes do (there the default is at most 64): no more "
-        "processes have something to do",
+        help="measure the corpus in so many parts, as torchrun's processes do (there the default is at most 64): no "
+        "more processes have something to do",
     )
     add_memory_budget(parser, 4.0)
     add_precision(parser)
