@@ -11,18 +11,23 @@ import sys
 from collections.abc import Sequence
 
 from moe_lens.commands import audit, census, contributions, demo, verify
+from moe_lens.ranks import require_alone, say
+
+_ON_RANKS = (contributions.run, census.run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
     options = _parser().parse_args(arguments)
     try:
+        if options.run not in _ON_RANKS:
+            require_alone()
         return options.run(options)
     except KeyboardInterrupt:
-        print("moe-lens: stopped; what keeps a state goes on from it with the same command", file=sys.stderr)
+        say("stopped; what keeps a state goes on from it with the same command")
         return 130
     except (ValueError, OSError, MemoryError, KeyError, FloatingPointError) as error:
-        print(f"moe-lens: error: {_one_line(error)}", file=sys.stderr)
+        say(f"error: {_one_line(error)}")
         return 2
 
 

@@ -210,3 +210,19 @@ class CensusPlan:
         )
         predictions = sum(self.ablations) * cfg.d_model * cfg.d_vocab
         return 2.0 * (self.layer_tokens * (experts + rest) + predictions)
+
+
+def runs_of(numbers: Sequence[int], ablations: Sequence[int], n: int) -> list[list[int]]:
+    """Documents in at most `n` runs of about as many ablations each.
+
+    Args:
+        numbers: of the documents, ascending.
+        ablations: of each document of the corpus.
+    """
+    work = [max(ablations[number], 1) for number in numbers]
+    total, before = sum(work), 0
+    runs: dict[int, list[int]] = {}
+    for number, its in zip(numbers, work, strict=True):
+        runs.setdefault((2 * before + its) * n // (2 * total), []).append(number)
+        before += its
+    return list(runs.values())

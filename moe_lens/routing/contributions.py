@@ -22,8 +22,9 @@ from moe_lens.routing.readout import Experts, check_experts
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, contributions_of
 from moe_lens.routing.senders import SourceAxis, check_granularity
+from moe_lens.routing.shards import ShardedRun, Shards
 
-__all__ = ["MEMORY_BUDGET", "RoutingContributions", "contributions_of", "routing_contributions"]
+__all__ = ["MEMORY_BUDGET", "RoutingContributions", "Shards", "contributions_of", "routing_contributions"]
 
 MEMORY_BUDGET = 4 * 2**30
 """Bytes that the accumulators of a pass may take, unless told otherwise."""
@@ -33,12 +34,31 @@ Batches = str | Sequence[str] | Tensor | TokenBatches | Iterable[Tensor | Sequen
 
 @overload
 def routing_contributions(
-    model: HookedMoE, batches_or_texts: Batches, *, by: str = "layer", **settings: Any
+    model: HookedMoE,
+    batches_or_texts: Batches,
+    *,
+    by: str = "layer",
+    shards: None = None,
+    **settings: Any,
 ) -> RoutingContributions: ...
 @overload
 def routing_contributions(
-    model: HookedMoE, batches_or_texts: Batches, *, by: Sequence[str], **settings: Any
+    model: HookedMoE,
+    batches_or_texts: Batches,
+    *,
+    by: Sequence[str],
+    shards: None = None,
+    **settings: Any,
 ) -> dict[str, RoutingContributions]: ...
+@overload
+def routing_contributions(
+    model: HookedMoE,
+    batches_or_texts: Batches,
+    *,
+    by: str | Sequence[str] = "layer",
+    shards: Shards,
+    **settings: Any,
+) -> RoutingContributions | dict[str, RoutingContributions] | None: ...
 def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     model: HookedMoE,
     batches_or_texts: Batches,
@@ -56,8 +76,9 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     allow_incomplete: bool = False,
     state: str | Path | None = None,
     save_every: float = 60.0,
+    shards: Shards | None = None,
     verbose: bool = False,
-) -> RoutingContributions | dict[str, RoutingContributions]:
+) -> RoutingContributions | dict[str, RoutingContributions] | None:
     """Run a corpus and measure how much each sender moves each later router.
 
     Args:
@@ -87,6 +108,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
             same numbers, bit by bit on the CPU (on a GPU, sums whose order is not fixed may differ in the last digit).
         save_every: seconds between savings of the state.
+        shards: measure the corpus in shards, kept in a folder, with whatever other processes work there: see
+            `moe_lens.routing.shards`. The result is then that of rank 0, and None at the others.
         verbose: print the plan and show a progress bar.
 
     Returns:
@@ -96,7 +119,9 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     Raises:
         ValueError: a receiver that is no MoE layer; an unknown granularity, expert or setting; no batches; a row
             without a token; a score that is not finite; senders that do not sum to the logits; a state of another run;
-            batches that can be gone through only once, or are others each time, where several passes are needed.
+            batches that can be gone through only once, or are others each time, where several passes are needed; ranks
+            that see different runs.
+        RankLost: another rank has ended.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """
@@ -123,8 +148,13 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             f"be passed {len(plan.chunks)} times; give a list or TokenBatches rather than an iterator, or a larger "
             f"budget, or fewer receivers"
         )
-    if verbose:
+    if state is not None and shards is not None:
+        raise ValueError("a run in shards keeps them instead of a state: give one of state and shards")
+    if verbose and (shards is None or shards.ranks.first):
         print(plan.describe(corpus))
+    if shards is not None:
+        whole = ShardedRun(model, corpus, plan, settings, shards, allow_incomplete, verbose).results()
+        return whole[granularities[0]] if whole is not None and isinstance(by, str) else whole
     run = Run(
         model,
         corpus,

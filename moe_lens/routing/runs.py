@@ -219,7 +219,7 @@ class Run:
                     f"be the same each time, and those of a loader that shuffles are not; or give a larger "
                     f"memory_budget, for one pass"
                 )
-        return {by: _joined([chunk.pop(by) for chunk in chunks]) for by in self.settings["by"]}
+        return {by: joined_results([chunk.pop(by) for chunk in chunks]) for by in self.settings["by"]}
 
     def _pass(self, number: int) -> dict[str, RoutingContributions]:
         """One pass over the corpus, from where its state left it."""
@@ -327,7 +327,7 @@ class Run:
         )
 
 
-def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
+def joined_results(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
     """Results for runs of receivers, as one for all: a sender's receivers follow one another."""
     if len(chunks) == 1:
         return chunks[0]

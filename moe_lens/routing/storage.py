@@ -71,6 +71,17 @@ def read_arrays(
         raise ValueError(f"{path.name} is no file of {what}: {error!r}") from error
 
 
+def sync_folder(folder: Path) -> None:
+    """A new name is on the disk when its folder is."""
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def _umask() -> int:
     """What is not permitted to new files. It can only be read by setting it."""
     mask = os.umask(0o077)
