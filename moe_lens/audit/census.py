@@ -45,6 +45,7 @@ from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
 from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.out_of_memory import said_what_would_help
 from moe_lens.routing.arguments import natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
@@ -104,7 +105,8 @@ def census(
             and gives the same numbers.
         memory_budget: bytes for the branches at work. It divides the work, and so the rounding: a run is gone on with
             under the same budget only. The number of torch's threads divides it too and is not checked: with another
-            one, a resumed run may differ in the last bits.
+            one, a resumed run may differ in the last bits. So may one in which memory ran out, where fewer branches
+            are then at work at once; that is said in the log (`moe_lens.out_of_memory`).
         noise_samples: in half precision, how many ablations are repeated by hooked full forward passes and in float32
             to measure the noise floor that is stored; 0 leaves it out.
         save_every: seconds between shards.
@@ -117,7 +119,8 @@ def census(
 
     Raises:
         ValueError: what makes no sense, before anything runs; a folder of another run; a model with hooks.
-        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with.
+        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with; or, on the way,
+            not even for the smallest piece of work. Documents that are done are kept.
         FloatingPointError: a NaN or an infinity on the way, with its document, position, layer and expert.
     """
     require_no_hooks(model)
@@ -282,7 +285,8 @@ def _document(
         }
     tokens, real = documents.rows[number]
     try:
-        clean = CleanRun.of(model, tokens, real)
+        with said_what_would_help(documents.name(number), "shorter documents (max_length)"):
+            clean = CleanRun.of(model, tokens, real)
         return rows_of(clean, places.to(clean.tokens.device), settings)
     except (FloatingPointError, ValueError) as error:
         raise type(error)(f"{documents.name(number)}: {error}") from error
