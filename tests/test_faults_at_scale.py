@@ -1,29 +1,37 @@
-"""What can go wrong in a long run: memory that runs out. The faults are real, or raised where a real one would be."""
+"""What can go wrong in a long run: memory that runs out, a full disk. Real faults, or raised where real ones are."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from moe_lens.audit import census
+from moe_lens import cli
+from moe_lens.audit import census, expert_metrics
 from moe_lens.audit.census_table import Census
+from moe_lens.audit.frame_file import write_frame
 from moe_lens.converters import NotEnoughMemory
 from moe_lens.interventions.clean_run import CleanRun
+from moe_lens.interventions.expert_reference import expert_reference
 from moe_lens.interventions.first_order import loss_gradients
 from moe_lens.interventions.replay import replay
 from moe_lens.model.block import Block
 from moe_lens.out_of_memory import InParts, is_out_of_memory, said_what_would_help
+from moe_lens.page import write_page
 from moe_lens.routing import streaming
 from moe_lens.routing.contributions import routing_contributions
+from moe_lens.routing.storage import whole_or_not, write_atomically
 from moe_lens.routing.tally import Tally
 from tests.families import prompts
 from tests.routing_cases import assert_close_results, assert_same_results
@@ -301,7 +309,7 @@ def test_memory_that_runs_out_while_a_batch_is_added(
         monkeypatch.setattr(streaming, "MADE_AT_ONCE", 0)
     with monkeypatch.context() as patched:
         patched.setattr(Tally, "additions", fails_in_the_middle)
-        how: dict[str, Any] = dict(by="expert", state=tmp_path / "state", save_every=0)
+        how: dict[str, Any] = dict(by="expert", state=tmp_path / "state")
         if at_once:
             assert_close_results(routing_contributions(model, batches, **how), expected, rtol=1e-5, atol=1e-6)
         else:
@@ -309,7 +317,8 @@ def test_memory_that_runs_out_while_a_batch_is_added(
                 routing_contributions(model, batches, **how)
     assert len(n_made) >= 60
     if not at_once:
-        # The state is that of the batches before, and not of one that was added in part.
+        # What was added in part is kept nowhere.
+        assert not (tmp_path / "state").exists()
         assert_same_results(routing_contributions(model, batches, **how), expected)
 
 
@@ -320,8 +329,6 @@ def test_memory_that_runs_out_while_a_batch_is_added(
 def test_under_a_limit_of_the_system(model_of: Any, tmp_path: Path) -> None:
     """A process that may take no more memory than it has and a little: its logits are made for fewer tokens at a time.
     The numbers are the same."""
-    import resource
-
     model = model_of("mixtral")
     expected = as_census(model)
     child = os.fork()
@@ -351,3 +358,139 @@ def test_under_a_limit_of_the_system(model_of: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         found, expected.to_pandas()[["delta_loss", "kl"]].to_numpy(), rtol=1e-5, atol=2e-6
     )
+
+
+# ---- a full disk ----
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """No file may become larger, so that writing fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def writers(model: Any) -> dict[str, Callable[[Path], object]]:
+    contributions = routing_contributions(model, five_batches(), by="expert")
+    table = expert_metrics(model, five_batches())
+    whole = as_census(model)
+    frame = whole.to_pandas()
+    return {
+        "result": contributions.save,
+        "parquet": contributions.write_table,
+        "metrics": table.save,
+        "reference": expert_reference(model, five_batches()).save,
+        "frame": lambda path: write_frame(path, frame, "audit", {}),
+        "page": lambda path: write_page("page " * 10_000, path),
+        "census": whole.save,
+    }
+
+
+def test_files_on_a_full_disk(model_of: Any, tmp_path: Path) -> None:
+    """The file is named, it is as it was before, and nothing else is left."""
+    for name, write in writers(model_of("qwen2_moe_no_bias")).items():
+        path = tmp_path / name / "file"
+        path.parent.mkdir()
+        for before in (None, b"as it was"):
+            if before is not None:
+                if name == "census":
+                    continue  # a folder, which is never written over
+                path.write_bytes(before)
+            with files_of_at_most(2000), pytest.raises(OSError, match="there is no room to write") as caught:
+                write(path)
+            assert caught.value.errno == errno.EFBIG
+            assert "file" in str(caught.value)
+            assert "File too large): free some" in str(caught.value)
+            left = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+            assert left == ({} if before is None else {"file": before}), name
+            if before is not None or name == "census":
+                path.unlink(missing_ok=True)
+                write(path)
+                assert path.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_without_space(tmp_path: Path) -> None:
+    """The device that is always full, which is written to through a link."""
+    for write in (
+        lambda path: write_page("page", path),
+        lambda path: write_frame(path, pd.DataFrame({"a": np.arange(9999)}), "audit", {}),
+    ):
+        (tmp_path / ".file.unfinished").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"there is no room to write .*No space left on device") as caught:
+            write(tmp_path / "file")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_is_told_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="JSON"):
+        write_atomically(tmp_path / "file", {}, {"a": object()})
+    with pytest.raises(OSError, match=r"^.Errno 5. Input/output error$"), whole_or_not(tmp_path / "file"):
+        raise OSError(errno.EIO, "Input/output error")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_contributions_on_a_disk_that_becomes_full(model_of: Any, tmp_path: Path) -> None:
+    model, batches, state = model_of("olmoe"), five_batches(), tmp_path / "state"
+    expected = routing_contributions(model, batches, by="expert")
+    routing_contributions(model, batches[:2], by="expert", state=state)
+    before = state.read_bytes()
+    for save_every in (0, 1e6):
+        with (
+            files_of_at_most(len(before) // 2),
+            pytest.raises(OSError, match=rf"no room to write '{state}' .*goes on from them"),
+        ):
+            routing_contributions(model, batches, by="expert", state=state, save_every=save_every)
+        assert [p.name for p in tmp_path.iterdir()] == ["state"]
+        assert state.read_bytes() == before
+    with memory_for(max(t.numel() for t, _ in batches)) as run:
+        assert_same_results(routing_contributions(model, batches, by="expert", state=state), expected)
+    assert len(run) == 3 * model.cfg.n_layers
+
+
+@pytest.mark.parametrize("save_every", [0.0, 1e6])
+def test_a_census_on_a_disk_that_becomes_full(
+    model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: float
+) -> None:
+    """The documents that are on the disk are kept, and gone on from."""
+    model, folder = model_of("mixtral"), tmp_path / "census"
+    expected = as_census(model)
+    of, ran = CleanRun.of, []
+
+    def becomes_full(*args: Any) -> CleanRun:
+        ran.append(1)
+        if len(ran) == 3:
+            limits.enter_context(files_of_at_most(2000))
+        return of(*args)
+
+    with ExitStack() as limits, monkeypatch.context() as patched:
+        patched.setattr(CleanRun, "of", becomes_full)
+        with pytest.raises(
+            OSError, match=r"no room to write '.*/rows-0.*-00000004?.*parquet' .*the same call"
+        ):
+            as_census(model, folder, save_every=save_every)
+    kept = Census.load(folder, allow_unfinished=True)
+    assert (kept.n_documents, kept.finished) == (2 if save_every == 0 else 0, False)
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    found = as_census(model, folder)
+    pd.testing.assert_frame_equal(found.to_pandas(), expected.to_pandas(), check_exact=True)
+
+
+def test_a_command_on_a_full_disk(
+    checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "The router sends every token. " * 3}) + "\n")
+    given = [str(checkpoint("olmoe")), "--corpus", str(tmp_path / "corpus.jsonl"), "--device", "cpu"]
+    for name, file in (("contributions", "state.safetensors"), ("census", "rows-00000000-00000001.parquet")):
+        with files_of_at_most(3000):
+            assert cli.main([name, *given, "--output", str(tmp_path / name)]) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(said) == 1
+        assert said[0].startswith("moe-lens: error: ")
+        assert f"{file}' (File too large)" in said[0]
+        assert cli.main([name, *given, "--output", str(tmp_path / name)]) == 0

@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     from moe_lens.audit.census_shards import FolderInUse
     from moe_lens.audit.noise import NoiseFloor
     from moe_lens.census_page import largest_changes, write_census_page
+    from moe_lens.routing.storage import whole_or_not
 
     check_corpus_and_output(options)
     _check_reference(options)
@@ -125,8 +126,9 @@ def run(options: argparse.Namespace) -> int:
     except FolderInUse as error:
         raise OSError(str(error)) from error
     by_layer, by_rank = result.by_layer(), result.by_rank()
-    by_layer.to_csv(options.output / "by_layer.csv", index=False)
-    by_rank.to_csv(options.output / "by_rank.csv", index=False)
+    for name, rows in (("by_layer", by_layer), ("by_rank", by_rank)):
+        with whole_or_not(options.output / f"{name}.csv") as unfinished:
+            rows.to_csv(unfinished, index=False)
     examples = largest_changes(model, corpus, result)
     page = write_census_page(result, options.output / "index.html", examples=examples)
     print(summary(result))
