@@ -1,4 +1,5 @@
-"""What can go wrong in a long run: memory that runs out, a full disk. Real faults, or raised where real ones are."""
+"""What can go wrong in a long run: memory that runs out, a full disk, damaged files. Real faults, or raised where real
+ones are."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import logging
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moe_lens.audit import census, expert_metrics
 from moe_lens.audit.census_table import Census
 from moe_lens.audit.frame_file import write_frame
 from moe_lens.converters import NotEnoughMemory
+from moe_lens.converters.checkpoint import SINGLE
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.expert_reference import expert_reference
 from moe_lens.interventions.first_order import loss_gradients
@@ -494,3 +496,107 @@ def test_a_command_on_a_full_disk(
         assert said[0].startswith("moe-lens: error: ")
         assert f"{file}' (File too large)" in said[0]
         assert cli.main([name, *given, "--output", str(tmp_path / name)]) == 0
+
+
+# ---- damage ----
+
+
+def flip(path: Path, at: int) -> None:
+    """One bit is another."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_damaged_state(model_of: Any, tmp_path: Path) -> None:
+    """Any byte of it; it is named, left as it is, and when it is gone the run begins anew."""
+    model, batches, state = model_of("mixtral"), five_batches(), tmp_path / "state"
+    expected = routing_contributions(model, batches, state=state)
+    whole = state.read_bytes()
+    assert_same_results(routing_contributions(model, batches, state=state), expected)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in (0, 9, header, (header + len(whole)) // 2, len(whole) - 1):
+        flip(state, at)
+        damaged = state.read_bytes()
+        with pytest.raises(
+            ValueError, match=rf"{state} is (damaged|no file of routing).*delete it, and the run begins"
+        ):
+            routing_contributions(model, batches, state=state)
+        assert state.read_bytes() == damaged != whole
+        state.write_bytes(whole)
+
+
+SHARD_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a bit of its numbers": lambda path: flip(path, 200),
+    "a bit of its end": lambda path: flip(path, path.stat().st_size - 100),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+}
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGES)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_shard(
+    model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, finished: bool
+) -> None:
+    """A run does not go on from one; without it and those after it, it does, and makes the same table."""
+    model, folder = model_of("mixtral"), tmp_path / "census"
+    expected, of, ran = as_census(model), CleanRun.of, []
+
+    def counted(*args: Any) -> CleanRun:
+        ran.append(1)
+        if len(ran) == 4 and not finished:
+            raise KeyboardInterrupt
+        return of(*args)
+
+    monkeypatch.setattr(CleanRun, "of", counted)
+    with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        as_census(model, folder)
+    shards = sorted(folder.glob("rows-*"))
+    assert len(shards) == 3 + finished
+    SHARD_DAMAGES[damage](shards[1])
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    ran.clear()
+    with pytest.raises(
+        ValueError, match=rf"the shard '{shards[1]}' is damaged: .*; delete it and the shards after it"
+    ):
+        as_census(model, folder)
+    assert (ran, {path: path.read_bytes() for path in folder.iterdir()}) == ([], before)
+    for shard in shards[1:]:
+        shard.unlink()
+    if finished:
+        # It says that there were more, and is no shard.
+        with pytest.raises(ValueError, match=rf"'{shards[1]}' is missing; delete _census.json"):
+            as_census(model, folder)
+        (folder / "_census.json").unlink()
+    monkeypatch.setattr(CleanRun, "of", lambda *args: (ran.append(1), of(*args))[1])
+    found = as_census(model, folder)
+    assert len(ran) == 3
+    pd.testing.assert_frame_equal(found.to_pandas(), expected.to_pandas(), check_exact=True)
+
+
+@pytest.mark.parametrize("command", ["contributions", "census"])
+def test_a_checkpoint_that_changed_between_two_calls(
+    copy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """One bit of one number. A file of numbers has no checksum, and so it is read; but a run is not gone on with."""
+    directory, out = copy("olmoe"), tmp_path / "out"
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "The router sends every token. " * 3}) + "\n")
+    given = [command, str(directory), "--corpus", str(tmp_path / "corpus.jsonl"), "--device", "cpu"]
+    assert cli.main([*given, "--output", str(out)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    flip(directory / SINGLE, (directory / SINGLE).stat().st_size - 2)
+    capsys.readouterr()
+    assert cli.main([*given, "--output", str(out)]) == 2
+    assert "is of another run: weights was " in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_streamed_checkpoint_that_changed_between_two_calls(
+    copy: Any, streamed: Any, tmp_path: Path
+) -> None:
+    directory, batches, state = copy("olmoe"), five_batches(), tmp_path / "state"
+    routing_contributions(streamed(directory), batches[:2], state=state)
+    flip(directory / SINGLE, (directory / SINGLE).stat().st_size - 2)
+    with pytest.raises(ValueError, match="is of another run: weights was "):
+        routing_contributions(streamed(directory), batches, state=state)
