@@ -10,6 +10,26 @@ from types import FrameType
 
 
 @contextmanager
+def ended_like_an_interrupt() -> Iterator[None]:
+    """While open, a request to end (SIGTERM) raises KeyboardInterrupt, as Ctrl-C does; where somebody answers it
+    already, it is left to them."""
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt("asked to end")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def interrupts_held() -> Iterator[None]:
     """While open, SIGINT and SIGTERM wait; they are answered when this closes, as they would have been.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -237,22 +238,20 @@ class Run:
             self._batches(number, accumulator, progress, edited)
         except BaseException:
             # Whatever ends a run, what is whole of it is kept: an interrupt, memory or a disk that is full.
-            if (
-                self.state is not None
-                and progress.n_saved < progress.n_batches
-                and progress.is_of(accumulator)
+            if self.state is not None and progress.to_save(
+                accumulator, partial(self._require_closed, accumulator)
             ):
-                self._save(number, accumulator, progress.n_batches, progress.digest)
+                self._save(number, accumulator, progress.at.n_batches, progress.at.digest)
             raise
         return contributions_of(
-            accumulator, corpus=[self.corpus.description], fingerprints=[progress.digest], copy=False
+            accumulator, corpus=[self.corpus.description], fingerprints=[progress.at.digest], copy=False
         )
 
     def _batches(
         self, number: int, accumulator: ContributionAccumulator, progress: Progress, edited: set[str]
     ) -> None:
         """Those that are still to be run, saved now and then and at the end."""
-        n_done, digest, last = progress.n_batches, progress.digest, self.plan.chunks[number][-1]
+        n_done, digest, last = progress.at.n_batches, progress.at.digest, self.plan.chunks[number][-1]
         seen, saved_at, n_batches = TokenDigest(), time.monotonic(), 0
         for tokens, mask in tqdm(
             self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
@@ -263,25 +262,29 @@ class Run:
                 raise self._other_run(number, "its tokens were others")
             if n_batches <= n_done:
                 continue
+            progress.begins(n_batches, seen.hexdigest(), accumulator.n_rows + len(tokens))
             # No later layer is read.
             self._measure(accumulator, tokens, mask, stop_at_layer=last + 1)
-            if not self.allow_incomplete:
-                accumulator.require_closed()
+            self._require_closed(accumulator)
             if n_batches == n_done + 1 > 1 and bool(accumulator.edited) != bool(edited):
                 raise self._other_run(
                     number, f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}"
                 )
             accumulator.edited |= edited
-            progress.reached(n_batches, seen.hexdigest(), accumulator.n_rows)
+            progress.ends()
             if self.state is not None and time.monotonic() - saved_at >= self.save_every:
-                self._save(number, accumulator, n_batches, progress.digest)
+                self._save(number, accumulator, n_batches, progress.at.digest)
                 progress.n_saved, saved_at = n_batches, time.monotonic()
         accumulator.edited |= edited
         if n_batches < n_done:
             raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
         if self.state is not None and n_batches > n_done:
-            self._save(number, accumulator, n_batches, progress.digest)
+            self._save(number, accumulator, n_batches, progress.at.digest)
             progress.n_saved = n_batches
+
+    def _require_closed(self, accumulator: ContributionAccumulator) -> None:
+        if not self.allow_incomplete:
+            accumulator.require_closed()
 
     def _measure(
         self, accumulator: ContributionAccumulator, tokens: Tokens, mask: Mask | None, stop_at_layer: int

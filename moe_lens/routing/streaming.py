@@ -198,8 +198,8 @@ class ContributionAccumulator:
         before = edit_counts(self.model)
         with self.model.hooks(batch.hooks()):
             yield
-        batch.finish()
         self.edited |= {name for name, count in edit_counts(self.model).items() if count > before[name]}
+        batch.finish()
 
 
 class _Pass:
