@@ -349,8 +349,9 @@ def test_under_a_limit_of_the_system(model_of: Any, tmp_path: Path) -> None:
             unembed = type(model.unembed).forward
 
             def larger(self: Any, stream: torch.Tensor) -> torch.Tensor:
-                # As a vocabulary of a million would take.
-                torch.empty(stream[..., 0].numel(), 1_000_000)
+                if self is model.unembed:
+                    # As a vocabulary of two millions would take.
+                    torch.empty(stream[..., 0].numel(), 2_000_000)
                 return unembed(self, stream)
 
             type(model.unembed).forward = larger
@@ -358,9 +359,12 @@ def test_under_a_limit_of_the_system(model_of: Any, tmp_path: Path) -> None:
             (tmp_path / "rows").write_text(
                 json.dumps(result.to_pandas()[["delta_loss", "kl"]].to_numpy().tolist())
             )
+        except BaseException:
+            logging.exception("it failed")
         finally:
             os._exit(0)
-    os.waitpid(child, 0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0
     assert "memory ran out at" in (log := (tmp_path / "log").read_text())
     assert "DefaultCPUAllocator: can't allocate memory" in log
     found = np.array(json.loads((tmp_path / "rows").read_text()))
