@@ -161,7 +161,7 @@ def census(
             for number in range(n_done, len(documents)):
                 writer.add_document(number, _document(model, documents, number, positions[number], settings))
                 progress.update(plan.ablations[number])
-        noise = _noise(model, documents, positions, settings, noise_samples, seed, writer.finished)
+        noise = _noise(model, documents, positions, settings, noise_samples, seed, writer.finished, verbose)
         return writer.finish(
             {
                 "noise_floor": None if noise is None else asdict(noise),
@@ -300,6 +300,7 @@ def _noise(
     noise_samples: int,
     seed: int,
     finished: bool,
+    verbose: bool,
 ) -> NoiseFloor | None:
     if finished or not settings.null_branch or noise_samples == 0:
         return None
@@ -310,4 +311,5 @@ def _noise(
         n_samples=noise_samples,
         seed=seed,
         memory_budget=settings.memory_budget,
+        verbose=verbose,
     )
