@@ -1,7 +1,7 @@
 """The command line: `moe-lens COMMAND ...`; the commands are in `moe_lens.commands`.
 
 Exit status 0: everything passed. 1: it ran, and a check failed. 2: it could not run; one line says why. 130: stopped
-from the keyboard.
+from the keyboard, or asked to end (SIGTERM); what keeps a state has saved it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_lens.commands import audit, census, contributions, demo, verify
+from moe_lens.interrupts import ended_like_an_interrupt
 from moe_lens.ranks import require_alone, say
 
 _ON_RANKS = (contributions.run, census.run)
@@ -20,9 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
     options = _parser().parse_args(arguments)
     try:
-        if options.run not in _ON_RANKS:
-            require_alone()
-        return options.run(options)
+        with ended_like_an_interrupt():
+            if options.run not in _ON_RANKS:
+                require_alone()
+            return options.run(options)
     except KeyboardInterrupt:
         say("stopped; what keeps a state goes on from it with the same command")
         return 130

@@ -45,6 +45,7 @@ from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
 from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.out_of_memory import said_what_would_help
 from moe_lens.ranks import ALONE, Ranks
 from moe_lens.routing.arguments import natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
@@ -109,7 +110,8 @@ def census(
             and gives the same numbers.
         memory_budget: bytes for the branches at work. It divides the work, and so the rounding: a run is gone on with
             under the same budget only. The number of torch's threads divides it too and is not checked: with another
-            one, a resumed run may differ in the last bits.
+            one, a resumed run may differ in the last bits. So may one in which memory ran out, where fewer branches
+            are then at work at once; that is said in the log (`moe_lens.out_of_memory`).
         noise_samples: in half precision, how many ablations are repeated by hooked full forward passes and in float32
             to measure the noise floor that is stored; 0 leaves it out.
         save_every: seconds between shards.
@@ -127,7 +129,8 @@ def census(
         ValueError: what makes no sense, before anything runs; a folder of another run; a model with hooks; ranks that
             see different runs.
         RankLost: another rank has ended.
-        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with.
+        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with; or, on the way,
+            not even for the smallest piece of work. Documents that are done are kept.
         FloatingPointError: a NaN or an infinity on the way, with its document, position, layer and expert.
     """
     require_no_hooks(model)
@@ -188,7 +191,7 @@ def census(
                     show(plan.ablations[number])
             writer.together(meanwhile=show)
         done = writer.finished or not ranks.first  # the first rank measures the noise floor for all
-        noise = _noise(model, documents, positions, settings, noise_samples, seed, done)
+        noise = _noise(model, documents, positions, settings, noise_samples, seed, done, verbose)
         return writer.finish(
             {
                 "noise_floor": None if noise is None else asdict(noise),
@@ -312,7 +315,8 @@ def _document(
         }
     tokens, real = documents.rows[number]
     try:
-        clean = CleanRun.of(model, tokens, real)
+        with said_what_would_help(documents.name(number), "shorter documents (max_length)"):
+            clean = CleanRun.of(model, tokens, real)
         return rows_of(clean, places.to(clean.tokens.device), settings)
     except (FloatingPointError, ValueError) as error:
         raise type(error)(f"{documents.name(number)}: {error}") from error
@@ -326,6 +330,7 @@ def _noise(
     noise_samples: int,
     seed: int,
     finished: bool,
+    verbose: bool,
 ) -> NoiseFloor | None:
     if finished or not settings.null_branch or noise_samples == 0:
         return None
@@ -336,4 +341,5 @@ def _noise(
         n_samples=noise_samples,
         seed=seed,
         memory_budget=settings.memory_budget,
+        verbose=verbose,
     )

@@ -33,6 +33,7 @@ _SHARD = re.compile(r"rows-(\d{8,})-(\d{8,})\.parquet")
 _UNFINISHED = re.compile(rf"\.({_SHARD.pattern}|{re.escape(HEADER)})\.unfinished")
 _METADATA = b"moe_lens_census"
 _ROWS_PER_GROUP = 2**16
+_REMEDY = "delete it and the shards after it, and the run that left them does their documents again"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"the shard {str(path)!r} is gone") from None
     except Exception as error:
-        raise ValueError(f"the shard {str(path)!r} is damaged: {error!r}") from error
+        raise ValueError(f"the shard {str(path)!r} is damaged: {error!r}; {_REMEDY}") from error
 
 
 # ---- folders of shards ----
@@ -260,7 +261,9 @@ def read_header(folder: Path) -> dict[str, Any]:
         if header["finished"]:
             dict(header["facts"], **header["shards"])
     except Exception as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error!r}") from error
+        raise ValueError(
+            f"{str(path)!r} is damaged: {error!r}; delete it, and the run that left it writes it again"
+        ) from error
     return header
 
 
@@ -277,17 +280,36 @@ def sums_of(shards: Sequence[Shard]) -> dict[str, list[int]]:
     return sums
 
 
+def require_readable(shards: Sequence[Shard]) -> None:
+    """Read all numbers of some shards, as they are held against the checksums of their pages.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    for shard in shards:
+        assert isinstance(shard.source, Path)
+        with _reading(shard.source), pq.ParquetFile(shard.source, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                file.read_row_group(group)
+
+
 def require_sums(folder: Path, shards: Sequence[Shard], expected: Mapping[str, Sequence[int]]) -> None:
     """Raises:
     ValueError: the shards are not those that were there when the census was finished.
     """
     names = {shard.source.name for shard in shards if isinstance(shard.source, Path)}
     for name in sorted(names ^ expected.keys()):
-        problem = "is missing" if name in expected else "came after the census was finished"
+        problem = (
+            f"is missing; delete {HEADER}, and the run that left it does what is missing again"
+            if name in expected
+            else "came after the census was finished"
+        )
         raise ValueError(f"the shard {str(folder / name)!r} {problem}")
     for name, found in sums_of(shards).items():
         if found != list(expected[name]):
-            raise ValueError(f"the shard {str(folder / name)!r} is damaged: it is not as it was written")
+            raise ValueError(
+                f"the shard {str(folder / name)!r} is damaged: it is not as it was written; {_REMEDY}"
+            )
 
 
 def require_no_foreign_files(folder: Path) -> None:

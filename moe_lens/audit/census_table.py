@@ -29,6 +29,7 @@ from moe_lens.audit.census_shards import (
     remove_unfinished,
     require_no_foreign_files,
     require_no_gap,
+    require_readable,
     require_sums,
     shard_path,
     shards_in,
@@ -125,6 +126,9 @@ class CensusWriter:
             else:
                 self._shards = shards_in(folder, self.identity)
                 write_header(folder, self.identity)
+            if not self.finished:
+                # What is found at the end is called whole, so that it must be whole now.
+                require_readable(self._shards)
             remove_unfinished(folder)
         except BaseException:
             self._lock.release()

@@ -104,6 +104,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     from moe_lens.audit.noise import NoiseFloor
     from moe_lens.census_page import largest_changes, write_census_page
     from moe_lens.routing.folder_lock import FolderInUse
+    from moe_lens.routing.storage import whole_or_not
 
     check_corpus_and_output(options)
     _check_reference(options)
@@ -134,8 +135,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     if not ranks.first:
         return 0  # rank 0 writes
     by_layer, by_rank = result.by_layer(), result.by_rank()
-    by_layer.to_csv(options.output / "by_layer.csv", index=False)
-    by_rank.to_csv(options.output / "by_rank.csv", index=False)
+    for name, rows in (("by_layer", by_layer), ("by_rank", by_rank)):
+        with whole_or_not(options.output / f"{name}.csv") as unfinished:
+            rows.to_csv(unfinished, index=False)
     examples = largest_changes(model, corpus, result)
     page = write_census_page(result, options.output / "index.html", examples=examples)
     print(summary(result))

@@ -12,6 +12,9 @@ from moe_lens.model.hooked_moe import HookedMoE
 _CPU_CACHE = 2**26
 _ROWS_PER_EXPERT = 64
 
+HELP = "a smaller memory_budget, shorter documents, or a device with more memory"
+"""Where a replay meets the end of memory."""
+
 
 @dataclass(frozen=True)
 class ReplayPlan:

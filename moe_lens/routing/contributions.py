@@ -102,12 +102,14 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         memory_budget: bytes for the accumulators; more takes several passes. The results of all passes are then held
             together, on the CPU. Beside them stand what a batch needs: with `rank_shift` or `experts="selected"` its
             scores, tokens x senders x receivers x experts, so make batches small then.
-        batch_size: documents run at once, of texts and of tokens given as one tensor.
+        batch_size: documents run at once, of texts and of tokens given as one tensor. Where memory runs out at a
+            batch, of whatever kind, it is run some documents at a time, which changes numbers by rounding only and is
+            said in the log (`moe_lens.out_of_memory`).
         allow_incomplete: measure also where the senders are not what the routers read, because hooks edit the stream
             between components; `completeness_error` and `rounding_ratio` then say by how much.
         state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
             same numbers, bit by bit on the CPU (on a GPU, sums whose order is not fixed may differ in the last digit).
-        save_every: seconds between savings of the state.
+        save_every: seconds between savings of the state. It is also saved when an interrupt or an error ends the run.
         shards: measure the corpus in shards, kept in a folder, with whatever other processes work there: see
             `moe_lens.routing.shards`. The result is then that of rank 0, and None at the others.
         verbose: print the plan and show a progress bar.
@@ -122,6 +124,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             batches that can be gone through only once, or are others each time, where several passes are needed; ranks
             that see different runs.
         RankLost: another rank has ended.
+        NotEnoughMemory: one document alone does not fit; or memory ran out when part of a batch had been added to
+            accumulators of more than a quarter of a GiB. The state that is kept is of the batches before.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """

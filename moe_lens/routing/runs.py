@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from tqdm import tqdm
 
 from moe_lens.corpus import TokenBatches
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.out_of_memory import InParts
 from moe_lens.routing.documents import Moments, real_tokens
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
+from moe_lens.routing.progress import Progress
 from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
 from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.result import RoutingContributions, measure_names
@@ -35,6 +38,8 @@ from moe_lens.routing.streaming import ContributionAccumulator
 _BYTES_PER_CELL = 2 * 8 * 2 * 2
 # A neuron's measures at a receiver are also a float32 table.
 _BYTES_PER_TABLE_CELL = 4
+
+_HELP = "a smaller batch_size, shorter documents, a smaller memory_budget, fewer granularities or receivers at a time"
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
@@ -201,6 +206,8 @@ class Run:
         self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
         self.state, self.save_every, self.verbose = state, save_every, verbose
         self.allow_incomplete = allow_incomplete
+        self._tokens_at_once: int | None = None
+        """Of a batch, since memory ran out at more."""
         if state is not None and not state.absolute().parent.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
@@ -226,6 +233,25 @@ class Run:
         receivers = self.plan.chunks[number]
         accumulator = ContributionAccumulator(self.model, receivers=receivers, **self.settings)
         n_done, digest, edited = self._restore(number, accumulator)
+        progress = Progress(n_done, digest, accumulator.n_rows)
+        try:
+            self._batches(number, accumulator, progress, edited)
+        except BaseException:
+            # Whatever ends a run, what is whole of it is kept: an interrupt, memory or a disk that is full.
+            if self.state is not None and progress.to_save(
+                accumulator, partial(self._require_closed, accumulator)
+            ):
+                self._save(number, accumulator, progress.at.n_batches, progress.at.digest)
+            raise
+        return contributions_of(
+            accumulator, corpus=[self.corpus.description], fingerprints=[progress.at.digest], copy=False
+        )
+
+    def _batches(
+        self, number: int, accumulator: ContributionAccumulator, progress: Progress, edited: set[str]
+    ) -> None:
+        """Those that are still to be run, saved now and then and at the end."""
+        n_done, digest, last = progress.at.n_batches, progress.at.digest, self.plan.chunks[number][-1]
         seen, saved_at, n_batches = TokenDigest(), time.monotonic(), 0
         for tokens, mask in tqdm(
             self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
@@ -236,27 +262,46 @@ class Run:
                 raise self._other_run(number, "its tokens were others")
             if n_batches <= n_done:
                 continue
-            with torch.no_grad(), accumulator.listening(tokens, mask):
-                # No later layer is read.
-                self.model(tokens, attention_mask=mask, stop_at_layer=receivers[-1] + 1)
-            if not self.allow_incomplete:
-                accumulator.require_closed()
+            progress.begins(n_batches, seen.hexdigest(), accumulator.n_rows + len(tokens))
+            # No later layer is read.
+            self._measure(accumulator, tokens, mask, stop_at_layer=last + 1)
+            self._require_closed(accumulator)
             if n_batches == n_done + 1 > 1 and bool(accumulator.edited) != bool(edited):
                 raise self._other_run(
                     number, f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}"
                 )
             accumulator.edited |= edited
+            progress.ends()
             if self.state is not None and time.monotonic() - saved_at >= self.save_every:
-                self._save(number, accumulator, n_batches, seen.hexdigest())
-                saved_at = time.monotonic()
+                self._save(number, accumulator, n_batches, progress.at.digest)
+                progress.n_saved, saved_at = n_batches, time.monotonic()
         accumulator.edited |= edited
         if n_batches < n_done:
             raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
         if self.state is not None and n_batches > n_done:
-            self._save(number, accumulator, n_batches, seen.hexdigest())
-        return contributions_of(
-            accumulator, corpus=[self.corpus.description], fingerprints=[seen.hexdigest()], copy=False
-        )
+            self._save(number, accumulator, n_batches, progress.at.digest)
+            progress.n_saved = n_batches
+
+    def _require_closed(self, accumulator: ContributionAccumulator) -> None:
+        if not self.allow_incomplete:
+            accumulator.require_closed()
+
+    def _measure(
+        self, accumulator: ContributionAccumulator, tokens: Tokens, mask: Mask | None, stop_at_layer: int
+    ) -> None:
+        """One batch; where memory runs out, some of its documents at a time."""
+
+        def measure(rows: slice) -> None:
+            some, some_mask = tokens[rows], None if mask is None else mask[rows]
+            with torch.no_grad(), accumulator.listening(some, some_mask):
+                self.model(some, attention_mask=some_mask, stop_at_layer=stop_at_layer)
+
+        width = max(1, tokens.shape[1])
+        affordable = None if self._tokens_at_once is None else max(1, self._tokens_at_once // width)
+        in_parts = InParts("documents of a batch", _HELP, affordable)
+        in_parts.run(measure, len(tokens), can_be_repeated=lambda: accumulator.whole)
+        if in_parts.at_once != affordable and in_parts.at_once is not None:
+            self._tokens_at_once = in_parts.at_once * width
 
     def _file(self, number: int) -> Path:
         assert self.state is not None

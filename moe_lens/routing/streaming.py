@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.interrupts import interrupts_held
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.attribution import relative_error, with_rounding
 from moe_lens.routing.components import ComponentReader, Read
@@ -40,6 +41,11 @@ from moe_lens.routing.writes import hooks_of, written_by
 
 # At how many tokens of a batch a float32 sum over neurons is checked; see `ContributionAccumulator`.
 NEURON_CHECKS = 16
+
+# Where memory runs out, or an interrupt comes, before all that a pass adds has been made, the means are left as they
+# were. All of it takes as much memory as the means; where that is more than these bytes, it is made and added one after
+# the other.
+MADE_AT_ONCE = 2**28
 
 # In half precision the bound on rounding is made for sums in float32; kernels that round on the way exceed it by a
 # little. A sender that is missing exceeds it a hundredfold.
@@ -100,6 +106,10 @@ class ContributionAccumulator:
         gains = torch.stack([model.blocks[r].ln2.w.detach().float() for r in self.receivers])  # type: ignore[union-attr]
         self._readouts = Readouts(readouts, gains)
         self._rounds = stream_rounds(model.cfg.dtype)
+        self.n_rows = 0
+        """Documents that have been added."""
+        self.whole = True
+        """Whether all of them have been wholly: false where adding one was cut off, and the means are spoilt."""
         self.edited: set[str] = set()
         """Hook points at which others edited a value during the passes so far."""
         device = model.cfg.device
@@ -188,8 +198,8 @@ class ContributionAccumulator:
         before = edit_counts(self.model)
         with self.model.hooks(batch.hooks()):
             yield
-        batch.finish()
         self.edited |= {name for name, count in edit_counts(self.model).items() if count > before[name]}
+        batch.finish()
 
 
 class _Pass:
@@ -355,13 +365,29 @@ class _Pass:
             routed.choice = choice_of(routed.logits, owner.model.cfg.router)
         if owner.measuring.selected:
             routed.chosen = torch.stack(self.chosen, dim=1)
-        for by, tally in owner.tallies.items():
+        additions = self._additions(routed)
+        if sum(tally.n_bytes for tally in owner.tallies.values()) <= MADE_AT_ONCE:
+            additions = list(additions)
+        with interrupts_held():
+            owner.whole = False
+            for add in additions:
+                add()
+            self._count(routed)
+            owner.n_rows += len(self.real)
+            owner.whole = True
+
+    def _additions(self, routed: Routed) -> Iterator[Callable[[], None]]:
+        """What adds the pass to the means, in order; made without changing anything."""
+        for by, tally in self.owner.tallies.items():
             for place, group in enumerate(tally.senders.groups):
                 if group.component == ROUNDING:
                     part = self._rounding_part(by)
                 else:
                     part = self.parts[group.component, group.kind]
-                tally.add(place, part, routed)
+                yield from tally.additions(place, part, routed)
+
+    def _count(self, routed: Routed) -> None:
+        for by, tally in self.owner.tallies.items():
             tally.completeness_error = max(tally.completeness_error, self.errors[by])
             tally.model_logit_difference = max(tally.model_logit_difference, self.difference)
             if by in self.ratios:
