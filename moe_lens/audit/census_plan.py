@@ -184,7 +184,7 @@ class CensusPlan:
             f"{sum(self.ablations):,} predictions over {cfg.d_vocab:,} tokens; about "
             + (f"{self.flops / 1e12:,.1f} TFLOP" if self.flops > 1e12 else f"{self.flops / 1e9:,.1f} GFLOP"),
             f"memory: branches take up to {settings.memory_budget / 2**30:,.2f} GiB, "
-            f"{branch_bytes(self.model, min(cfg.n_ctx, 512)) / 2**10:,.0f} KiB each at 512 tokens",
+            f"{branch_bytes(self.model, 0) / 2**10:,.0f} KiB each",
         ]
         if settings.scope == "sequence":
             lines.append(

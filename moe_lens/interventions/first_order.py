@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
-from moe_lens.interventions.replay import ReplayAttend
+from moe_lens.interventions.replay_attend import ReplayAttend
 from moe_lens.interventions.replay_plan import HELP, branch_bytes
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.layer_weights import require_gradients_of

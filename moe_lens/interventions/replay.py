@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -33,59 +33,10 @@ from moe_lens.interventions.branches import Change, Starts, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues, require_no_hooks
 from moe_lens.interventions.cores import all_cores
 from moe_lens.interventions.outcomes import Outcome, check_outcomes, read_outcomes
+from moe_lens.interventions.replay_attend import ReplayAttend
 from moe_lens.interventions.replay_plan import HELP, ReplayPlan
-from moe_lens.model.attend import Attend
-from moe_lens.model.attention import Attention
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.rotary import rotation_at
 from moe_lens.out_of_memory import InParts
-
-
-class ReplayAttend(Attend):
-    """Attention of branches `[pos, branch]`: each to the clean keys and values of earlier positions, and to its own.
-
-    Args:
-        clean: the document.
-        rows: the tokens that the branches are at, as places among its real tokens, ascending.
-    """
-
-    def __init__(self, clean: CleanRun, rows: Int[Tensor, " n"]):
-        self.clean, self.rows = clean, rows
-        self.rotation = rotation_at(clean.model.cfg.rotary, clean.columns[rows][:, None])
-        # Nothing at or after the last token is seen by any.
-        self.n_keys = int(rows.max())
-        places = torch.arange(self.n_keys, device=rows.device)
-        self.hidden: Bool[Tensor, "n key"] = places >= rows[:, None]
-
-    def mix(
-        self,
-        attention: Attention,
-        queries: Float[Tensor, "n branch head d_head"],
-        keys: Float[Tensor, "n branch kv_head d_head"],
-        values: Float[Tensor, "n branch kv_head d_value"],
-    ) -> Float[Tensor, "n branch head d_value"]:
-        layer, kv_heads = attention.layer, attention.n_key_value_heads
-        n_branches = queries.shape[1]
-        group = attention.n_heads // kv_heads
-        clean_keys = rearrange(self.clean.keys[layer][: self.n_keys], "key kv d -> kv d key")
-        clean_values = rearrange(self.clean.values[layer][: self.n_keys], "key kv d -> kv key d")
-        grouped = rearrange(queries, "n branch (kv group) d -> kv (n branch group) d", kv=kv_heads)
-        own_keys = rearrange(keys, "n branch kv d -> kv n branch 1 d")
-        own_values = repeat(values, "n branch kv d -> kv (n branch group) d", group=group)
-
-        scores = grouped @ clean_keys
-        own = einsum(
-            rearrange(queries, "n branch (kv group) d -> kv n branch group d", kv=kv_heads),
-            own_keys[..., 0, :],
-            "kv n branch group d, kv n branch d -> kv n branch group",
-        )
-        scores.mul_(attention.softmax_scale)
-        own = rearrange(own, "kv n branch group -> kv (n branch group) 1") * attention.softmax_scale
-        by_token = rearrange(scores, "kv (n each) key -> kv n each key", n=len(self.rows))
-        by_token.masked_fill_(self.hidden[:, None, :], -torch.inf)
-        pattern = torch.cat((scores, own), dim=-1).float().softmax(dim=-1).to(values.dtype)
-        z = pattern[..., :-1] @ clean_values + pattern[..., -1:] * own_values
-        return rearrange(z, "kv (n branch group) d -> n branch (kv group) d", branch=n_branches, group=group)
 
 
 @dataclass(frozen=True, eq=False)
