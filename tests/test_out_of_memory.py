@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_lens.audit import expert_metrics
 from moe_lens.audit.census_table import Census
 from moe_lens.converters import NotEnoughMemory
 from moe_lens.interventions.clean_run import CleanRun
@@ -317,3 +318,13 @@ def test_under_a_limit_of_the_system(model_of: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         found, expected.to_pandas()[["delta_loss", "kl"]].to_numpy(), rtol=1e-5, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_other_runs_of_a_corpus_name_the_batch(model_of: Any, error: BaseException) -> None:
+    """What their listeners heard of it cannot be taken back."""
+    batches = five_batches()
+    with memory_for(max(t.numel() for t, _ in batches[:2]), error), pytest.raises(NotEnoughMemory) as caught:
+        expert_metrics(model_of("olmoe"), batches)
+    assert "memory ran out at batch 2, of 3 documents (" in str(caught.value)
+    assert "what would help: a smaller batch_size" in str(caught.value)

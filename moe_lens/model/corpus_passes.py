@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from moe_lens.model.attend import Attend
 from moe_lens.model.observers import Run
+from moe_lens.out_of_memory import said_what_would_help
 
 if TYPE_CHECKING:
     from moe_lens.model.hooked_moe import HookedMoE
@@ -121,6 +122,8 @@ def run_batches(
     Raises:
         ValueError: no batches; one that is none, by its number; arguments that do not fit together.
         RuntimeError: of a streamed model, as `run_corpus` says.
+        NotEnoughMemory: memory ran out at a batch, which is named. What listeners heard of it cannot be taken back, so
+            it is not tried again in parts.
     """
     # Not at the top, because the streamed model is made of this package's parts.
     from moe_lens.model.streamed_moe import StreamedMoE
@@ -136,7 +139,9 @@ def run_batches(
     number = -1
     for number, given in enumerate(tqdm(batches, total=n_batches, disable=not verbose, unit="batch")):
         batch = CorpusBatch.of(model, number, given)
-        with nullcontext() if listening is None else listening(batch):
+        with nullcontext() if listening is None else listening(batch), said_what_would_help(
+            f"batch {number}, of {len(batch.tokens)} documents", "a smaller batch_size, shorter documents"
+        ):
             loss = _run(model, batch, return_type, stop_at_layer, attend)
         if return_type == "loss":
             losses.append(loss.cpu())
