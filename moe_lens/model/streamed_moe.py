@@ -123,6 +123,11 @@ class StreamedMoE(HookedMoE):
         return self._required_store().counts
 
     def _required_store(self) -> LayerSource:
+        """Where its layers come from.
+
+        Raises:
+            RuntimeError: nowhere: it was not loaded from a checkpoint.
+        """
         if self.store is None:
             raise RuntimeError(
                 "this streamed model has no checkpoint; HookedMoE.from_pretrained(..., stream=True) makes one that has"

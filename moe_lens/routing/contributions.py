@@ -17,11 +17,15 @@ from torch import Tensor
 
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, refuse_bare_pair, token_batches
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.routing.documents import real_tokens
-from moe_lens.routing.readout import Experts, check_experts
+from moe_lens.routing.held import Held
+from moe_lens.routing.listener import NEURON_CHECKS
+from moe_lens.routing.readout import Experts, check_experts, check_receivers
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, contributions_of
 from moe_lens.routing.senders import SourceAxis, check_granularity
+from moe_lens.routing.streamed_runs import StreamedPlan
 
 __all__ = ["MEMORY_BUDGET", "RoutingContributions", "contributions_of", "routing_contributions"]
 
@@ -107,8 +111,21 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     max_positions = None if max_positions is None else operator.index(max_positions)
     if max_positions is not None and max_positions < 1:
         raise ValueError(f"max_positions={max_positions} must be positive")
-    plan = Plan.make(model, granularities, receivers, memory_budget, rank_shift, max_positions or 0)
     listed = check_experts(model, experts, rank_shift=rank_shift)
+    n_sources = max_positions or 0
+    if isinstance(model, StreamedMoE):
+        held = Held(
+            model.cfg,
+            tuple(granularities),
+            check_receivers(model, receivers),
+            model.cfg.n_experts if listed is None else len(listed),
+            selected=isinstance(experts, str) and experts == "selected",
+            rank_shift=rank_shift,
+            n_checked=NEURON_CHECKS,
+        )
+        plan = StreamedPlan.of(model, corpus, held, memory_budget, n_sources)
+    else:
+        plan = Plan.make(model, granularities, receivers, memory_budget, rank_shift, n_sources)
     settings: dict[str, Any] = dict(
         by=granularities,
         experts=experts if listed is None else list(listed),

@@ -9,11 +9,12 @@ the same call goes on from there and gives the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -87,6 +88,8 @@ def contributions_of(
     Raises:
         ValueError: it has seen no batch.
     """
+    if any(tally.n_documents["lead"] == 0 for tally in accumulator.tallies.values()):
+        raise ValueError("there were no batches, so there is nothing to average over")
     cfg, measuring = accumulator.model.cfg, accumulator.measuring
     provenance = {
         "model": cfg.model_name,
@@ -105,8 +108,6 @@ def contributions_of(
     }
     results = {}
     for by, tally in accumulator.tallies.items():
-        if tally.n_documents["lead"] == 0:
-            raise ValueError("there were no batches, so there is nothing to average over")
         results[by] = RoutingContributions(
             by=by,
             senders=tally.senders,
@@ -129,13 +130,23 @@ def contributions_of(
 # ---- the plan ----
 
 
+class Group(NamedTuple):
+    """Batches that go through the model together, and how often its layers are gone through for them."""
+
+    batches: Sequence[tuple[Tokens, Mask | None]]
+    n_readings: int = 1
+
+
 @dataclass
 class Plan:
-    """Which receivers are measured in which pass, and how much memory the largest takes."""
+    """Which receivers are measured in which pass, how much memory the largest takes, and how batches are run."""
 
     chunks: list[tuple[int, ...]]
     bytes_needed: int
     largest: int
+
+    unit: ClassVar[str] = "batch"
+    """Of progress."""
 
     @classmethod
     def make(
@@ -147,20 +158,10 @@ class Plan:
         rank_shift: bool,
         n_sources: int,
     ) -> Plan:
-        n_measures = len(MEASURES) + (len(RANK_MEASURES) if rank_shift else 0)
-
-        def needed(receiver: int) -> int:
-            total = 0
-            for name in by:
-                n_senders = len(senders_before(model.cfg, receiver, name, n_sources=n_sources)) + 1
-                cell = _BYTES_PER_CELL + (_BYTES_PER_TABLE_CELL if name == "neuron" else 0)
-                total += n_measures * cell * n_senders
-            return total
-
         chunks: list[list[int]] = [[]]
         sizes = [0]
         for receiver in check_receivers(model, receivers):
-            size = needed(receiver)
+            size = accumulator_bytes(model, by, receiver, rank_shift, n_sources)
             if size > budget:
                 raise ValueError(
                     f"one receiver, M{receiver}, needs {size:,} bytes of accumulators, over memory_budget={budget:,}"
@@ -172,6 +173,36 @@ class Plan:
             sizes[-1] += size
         return cls([tuple(chunk) for chunk in chunks], sum(sizes), max(sizes))
 
+    def groups(self, number: int, batches: Iterable[tuple[Tokens, Mask | None]]) -> Iterator[Group]:
+        """The batches of a pass as they are run: here, one by one."""
+        return (Group([batch]) for batch in batches)
+
+    def run(
+        self,
+        accumulator: ContributionAccumulator,
+        group: Group,
+        allow_incomplete: bool,
+        stepped: Callable[[], object],
+    ) -> None:
+        """Let an accumulator listen to a group of batches.
+
+        Args:
+            allow_incomplete: see `routing_contributions`.
+            stepped: called for every step of progress.
+        """
+        # No later layer is read.
+        stop = accumulator.receivers[-1] + 1
+        for tokens, mask in group.batches:
+            with torch.no_grad(), accumulator.listening(tokens, mask):
+                accumulator.model(tokens, attention_mask=mask, stop_at_layer=stop)
+            if not allow_incomplete:
+                accumulator.require_closed()
+            stepped()
+
+    def n_steps(self, number: int, corpus: Corpus, n_done: int) -> int | None:
+        """Of progress in a pass whose first batches are done; None where it is not known."""
+        return None if corpus.n_batches is None else corpus.n_batches - n_done
+
     def describe(self, corpus: Corpus) -> str:
         n_batches = corpus.n_batches or "an unknown number of"
         return (
@@ -179,6 +210,19 @@ class Plan:
             f"plan: {len(self.chunks)} pass(es) over {n_batches} batches; accumulators take up to "
             f"{self.largest / 2**20:,.1f} MiB, and the result {self.bytes_needed / 2**20:,.1f} MiB"
         )
+
+
+def accumulator_bytes(
+    model: HookedMoE, by: Sequence[str], receiver: int, rank_shift: bool, n_sources: int
+) -> int:
+    """What the means of one receiver take."""
+    n_measures = len(MEASURES) + (len(RANK_MEASURES) if rank_shift else 0)
+    total = 0
+    for name in by:
+        n_senders = len(senders_before(model.cfg, receiver, name, n_sources=n_sources)) + 1
+        cell = _BYTES_PER_CELL + (_BYTES_PER_TABLE_CELL if name == "neuron" else 0)
+        total += n_measures * cell * n_senders
+    return total
 
 
 # ---- the run ----
@@ -223,35 +267,37 @@ class Run:
 
     def _pass(self, number: int) -> dict[str, RoutingContributions]:
         """One pass over the corpus, from where its state left it."""
-        receivers = self.plan.chunks[number]
-        accumulator = ContributionAccumulator(self.model, receivers=receivers, **self.settings)
+        accumulator = ContributionAccumulator(self.model, receivers=self.plan.chunks[number], **self.settings)
         n_done, digest, edited = self._restore(number, accumulator)
         seen, saved_at, n_batches = TokenDigest(), time.monotonic(), 0
-        for tokens, mask in tqdm(
-            self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
-        ):
-            n_batches += 1
+        batches = iter(self.corpus)
+        for tokens, mask in islice(batches, n_done):
             seen.add(tokens, mask)
-            if n_batches == n_done and seen.hexdigest() != digest:
-                raise self._other_run(number, "its tokens were others")
-            if n_batches <= n_done:
-                continue
-            with torch.no_grad(), accumulator.listening(tokens, mask):
-                # No later layer is read.
-                self.model(tokens, attention_mask=mask, stop_at_layer=receivers[-1] + 1)
-            if not self.allow_incomplete:
-                accumulator.require_closed()
-            if n_batches == n_done + 1 > 1 and bool(accumulator.edited) != bool(edited):
-                raise self._other_run(
-                    number, f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}"
-                )
-            accumulator.edited |= edited
-            if self.state is not None and time.monotonic() - saved_at >= self.save_every:
-                self._save(number, accumulator, n_batches, seen.hexdigest())
-                saved_at = time.monotonic()
-        accumulator.edited |= edited
+            n_batches += 1
         if n_batches < n_done:
             raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
+        if n_done and seen.hexdigest() != digest:
+            raise self._other_run(number, "its tokens were others")
+        with tqdm(
+            total=self.plan.n_steps(number, self.corpus, n_done),
+            disable=not self.verbose,
+            unit=self.plan.unit,
+        ) as progress:
+            for group in self.plan.groups(number, batches):
+                self.plan.run(accumulator, group, self.allow_incomplete, progress.update)
+                for tokens, mask in group.batches:
+                    seen.add(tokens, mask)
+                is_first, n_batches = n_batches == n_done, n_batches + len(group.batches)
+                if n_done and is_first and bool(accumulator.edited) != bool(edited):
+                    raise self._other_run(
+                        number,
+                        f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}",
+                    )
+                accumulator.edited |= edited
+                if self.state is not None and time.monotonic() - saved_at >= self.save_every:
+                    self._save(number, accumulator, n_batches, seen.hexdigest())
+                    saved_at = time.monotonic()
+        accumulator.edited |= edited
         if self.state is not None and n_batches > n_done:
             self._save(number, accumulator, n_batches, seen.hexdigest())
         return contributions_of(
