@@ -7,6 +7,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def groups_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 )
 def test_every_granularity(streamed: Any, hooked: Any, variant: str, padding: str, groups_run: Any) -> None:
     """All batches go through each layer together, and it is read once."""
-    model, how = streamed(variant), dict(by=GRANULARITIES, max_positions=11)
+    model, how = streamed(variant), dict[str, Any](by=GRANULARITIES, max_positions=11)
     ours = routing_contributions(model, corpus(padding), **how)
     assert groups_run == [(2, 1)]
     assert model.read_counts.layers_read == model.cfg.n_layers
@@ -90,7 +91,7 @@ def test_half_precision(streamed: Any, checkpoint: Any, dtype: Any, groups_run: 
     from tests.checkpoints import load
 
     model, theirs = streamed("qwen2_moe", dtype=dtype), load(checkpoint("qwen2_moe"), dtype=dtype)
-    how = dict(by=GRANULARITIES, max_positions=11)
+    how: dict[str, Any] = dict(by=GRANULARITIES, max_positions=11)
     expected = routing_contributions(theirs, corpus(), **how)
     assert_same(routing_contributions(model, corpus(), **how), expected)
     assert_same(routing_contributions(model, corpus(), experts="selected", **how),
@@ -268,6 +269,7 @@ def test_bad_input_is_refused_before_a_layer_is_read(streamed: Any) -> None:
     empty[1] = 0
     for given, how, message in (
         (corpus(), dict(memory_budget=1000), r"needs [\d,]+ bytes of .*three quarters of memory_budget=1,000"),
+        ([corpus()[1], tokens + 1000], {}, r"batch 1: tokens \d+..\d+ go beyond the vocabulary"),
         ([(tokens, empty)], {}, "row 1 of .* has no real token"),
         ([corpus()[1], (tokens[0], mask[0])], {}, r"tokens must be \[batch, pos\]"),
         (corpus(), dict(by="source", max_positions=5), r"a document of \d tokens is longer than max_positions=5"),
@@ -328,7 +330,7 @@ def test_no_weight_and_in_two_readings_no_part_outlives_its_layer(
             if is_there and parameter.ndim > 1 and not name.endswith("router.weight"):
                 weights.append((name, weakref.ref(parameter)))
 
-    how = dict(by=("layer", "head", "source", "neuron"), max_positions=8)
+    how: dict[str, Any] = dict(by=("layer", "head", "source", "neuron"), max_positions=8)
     n_components = 1 + 2 * model.cfg.n_layers - 1
     for n_readings in (1, 2):
         monkeypatch.setattr(Held, "needs_two_readings", n_readings == 2)
@@ -339,7 +341,8 @@ def test_no_weight_and_in_two_readings_no_part_outlives_its_layer(
         assert not any(reference() is not None for reference in made)
         # Whole components, heads, and MLPs in `sources`: all of all batches, or one in each granularity.
         assert (max(most) > 5 * n_components) if n_readings == 1 else (max(most) <= 2)
-        made.clear(), most.clear(), weights.clear()
+        for kept in (made, most, weights):
+            kept.clear()
     store = model.store
     assert model.read_counts.peak_bytes <= store.bytes_needed
     assert sum(stretch.nbytes for stretch in store._stretches) == 2 * store.layer_bytes
@@ -391,5 +394,6 @@ def test_what_batches_hold_is_foretold(
             held = held_of(model, by, selected="experts" in settings, rank_shift="rank_shift" in settings)
             # The stream and the tokens are held elsewhere.
             elsewhere = batch[0].numel() * (model.cfg.d_model * dtype.itemsize + 16)
-            foretold = held.bytes(*batch[0].shape, n_readings) - elsewhere
+            n_batch, n_pos = batch[0].shape
+            foretold = held.bytes(n_batch, n_pos, n_readings) - elsewhere
             assert 0.8 * foretold < found[0] < 1.2 * foretold, (by, n_readings, found[0], foretold)

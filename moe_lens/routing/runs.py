@@ -173,8 +173,10 @@ class Plan:
             sizes[-1] += size
         return cls([tuple(chunk) for chunk in chunks], sum(sizes), max(sizes))
 
-    def groups(self, number: int, batches: Iterable[tuple[Tokens, Mask | None]]) -> Iterator[Group]:
-        """The batches of a pass as they are run: here, one by one."""
+    def groups(
+        self, number: int, batches: Iterable[tuple[Tokens, Mask | None]], n_done: int
+    ) -> Iterator[Group]:
+        """The batches of a pass, after those that are done, as they are run: here, one by one."""
         return (Group([batch]) for batch in batches)
 
     def run(
@@ -283,7 +285,7 @@ class Run:
             disable=not self.verbose,
             unit=self.plan.unit,
         ) as progress:
-            for group in self.plan.groups(number, batches):
+            for group in self.plan.groups(number, batches, n_done):
                 self.plan.run(accumulator, group, self.allow_incomplete, progress.update)
                 for tokens, mask in group.batches:
                     seen.add(tokens, mask)

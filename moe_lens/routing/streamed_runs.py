@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from moe_lens.corpus import TokenBatches
+from moe_lens.model.corpus_passes import CorpusBatch
 from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
 from moe_lens.routing.held import Held
 from moe_lens.routing.readout import check_receivers
@@ -92,9 +93,17 @@ class StreamedPlan(Plan):
 
     # ---- groups ----
 
-    def groups(self, number: int, batches: Iterable[tuple[Tokens, Mask | None]]) -> Iterator[Group]:
-        for chosen, n_readings in self._grouped(number, batches, lambda batch: _shape(batch[0])):
-            yield Group(chosen, n_readings)
+    def groups(
+        self, number: int, batches: Iterable[tuple[Tokens, Mask | None]], n_done: int
+    ) -> Iterator[Group]:
+        """The batches of a pass in groups.
+
+        Raises:
+            ValueError: one that is no batch of tokens, by its number.
+        """
+        checked = (CorpusBatch.of(self.model, i, batch) for i, batch in enumerate(batches, start=n_done))
+        for chosen, n_readings in self._grouped(number, checked, lambda batch: _shape(batch.tokens)):
+            yield Group([(batch.tokens, batch.mask) for batch in chosen], n_readings)
 
     def group_sizes(self, number: int, shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Of a pass over batches of these shapes: how many batches each group has, and how often layers are read
