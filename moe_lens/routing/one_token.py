@@ -20,6 +20,7 @@ from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.moe import MoE
 from moe_lens.model.norm import RMSNorm, rms_norm
+from moe_lens.model.streamed_moe import OnDisk
 from moe_lens.routing.arguments import few
 from moe_lens.routing.attribution import attribution_hooks
 from moe_lens.routing.rank_shift import choice_of
@@ -33,6 +34,7 @@ from moe_lens.routing.writes import (
     routed_neurons,
     sender_scores,
     shared_neurons,
+    weights_at_hand,
     written_by,
 )
 
@@ -172,9 +174,10 @@ class OneToken:
         """Each present sender's product with each row of a readout, not yet divided by the scale."""
         if group.kind != "neurons":
             return sender_scores(self.model, group, self.values, readout)[self.present(group), 0, 0]
-        parts = [
-            activation[:, None] * (columns() @ readout.T) for activation, columns in self._neurons(group)
-        ]
+        with weights_at_hand(self.model, group):
+            parts = [
+                activation[:, None] * (columns() @ readout.T) for activation, columns in self._neurons(group)
+            ]
         return torch.cat(parts)
 
     def _neurons(
@@ -195,6 +198,10 @@ class OneToken:
 
     def vectors(self, group: SenderGroup, senders: Sequence[int]) -> Float[Tensor, "sender d_model"]:
         """What some of a group's senders write, given by their places among the group's present ones."""
+        with weights_at_hand(self.model, group):
+            return self._vectors(group, senders)
+
+    def _vectors(self, group: SenderGroup, senders: Sequence[int]) -> Float[Tensor, "sender d_model"]:
         of, wanted = GroupValues(group, self.values), [self.present(group)[i] for i in senders]
         n_first = group.names[0].count
         match group.kind:
@@ -253,7 +260,8 @@ class OneToken:
         """See `writes.written_by`; of neurons, only the chosen experts' weights are read."""
         if group.kind != "neurons":
             return written_by(self.model, group, self.values)
-        outputs = torch.stack([activation @ columns() for activation, columns in self._neurons(group)])
+        with weights_at_hand(self.model, group):
+            outputs = torch.stack([activation @ columns() for activation, columns in self._neurons(group)])
         sizes = 4 * outputs.abs().sum(dim=0) + self.values[group.written_at][0, 0].float().abs()
         return outputs.sum(dim=0)[None, None], sizes[None, None]
 
@@ -290,8 +298,11 @@ class OneToken:
 
 
 def _versions(model: HookedMoE) -> tuple[tuple[int, int], ...]:
-    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none."""
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
+    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none,
+    and what is on disk is found to be what it was whenever it is read."""
+    return tuple(
+        (id(p), 0 if isinstance(p, OnDisk) or p.is_inference() else p._version) for p in model.parameters()
+    )
 
 
 def _float_rows(weight: Float[Tensor, "*expert neuron d_model"], expert: object) -> Tensor:

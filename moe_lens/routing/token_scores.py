@@ -30,6 +30,7 @@ from moe_lens.routing.writes import (
     routed_neurons,
     scattered,
     shared_neurons,
+    weights_at_hand,
 )
 
 
@@ -50,6 +51,13 @@ def scores_along(
         values: its hook values (`hooks_of`) at the directions' places; of sources, `hook_v` at all of them.
         directions: in float32.
     """
+    with weights_at_hand(model, group):
+        return _scores_along(model, group, values, directions)
+
+
+def _scores_along(
+    model: HookedMoE, group: SenderGroup, values: Values, directions: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "sender batch pos"]:
     of = GroupValues(group, values)
     match group.kind:
         case "whole":

@@ -12,7 +12,8 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from moe_lens.model.expert_matmul import SlotOrder, expert_matmul
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.mlp import DenseMLP
 from moe_lens.model.moe import MoE
+from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
 from moe_lens.routing.senders import SenderGroup
 
 Values = Mapping[str, Tensor]
@@ -58,6 +60,34 @@ class GroupValues(NamedTuple):
     def at(self, point: str) -> Tensor:
         inside = "attn" if self.group.component.startswith("A") else "mlp"
         return self.values[f"blocks.{self.group.layer}.{inside}.{point}"]
+
+
+@contextmanager
+def weights_at_hand(model: HookedMoE, group: SenderGroup) -> Iterator[None]:
+    """While open, the weights with which a group's senders write are in memory: those of a streamed model's layer are
+    read for this, unless the layer is at work.
+
+    Raises:
+        RuntimeError: another layer of a streamed model is.
+    """
+    needs_weights = group.kind not in ("whole", "experts")
+    if not (
+        needs_weights and isinstance(model, StreamedMoE) and isinstance(_read_with(model, group), OnDisk)
+    ):
+        yield
+        return
+    assert group.layer is not None
+    with model.layers_in_memory([group.layer]) as blocks:
+        next(blocks)
+        yield
+
+
+def _read_with(model: HookedMoE, group: SenderGroup) -> Tensor:
+    """One of the weights with which a group's senders write; the others are where it is."""
+    if group.kind in ("heads", "sources"):
+        return attention_of(model, group.layer).o_proj.weight
+    mlp = mlp_of(model, group.layer)
+    return mlp.experts.W_down if isinstance(mlp, MoE) else mlp.W_down
 
 
 # ---- heads and sources ----
@@ -127,8 +157,16 @@ def sender_scores(
 ) -> Float[Tensor, "sender batch pos row"]:
     """Every sender's product with every row of a readout, in float32, not yet divided by the receiver's scale.
 
-    Of the size it says: for sources and neurons only small inputs fit.
+    Of the size it says: for sources and neurons only small inputs fit. Of a streamed model the layer is read, where
+    weights are needed.
     """
+    with weights_at_hand(model, group):
+        return _sender_scores(model, group, values, readout)
+
+
+def _sender_scores(
+    model: HookedMoE, group: SenderGroup, values: Values, readout: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "sender batch pos row"]:
     of = GroupValues(group, values)
     match group.kind:
         case "whole":
@@ -183,7 +221,15 @@ def written_by(
     model: HookedMoE, group: SenderGroup, values: Values
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
     """The sum of a group's senders, in float32; and the sum of the sizes of everything that the model rounded
-    on its way from them to what the component wrote (see `StreamSum`), None where the component is one sender."""
+    on its way from them to what the component wrote (see `StreamSum`), None where the component is one sender. Of a
+    streamed model the layer is read, where weights are needed."""
+    with weights_at_hand(model, group):
+        return _written_by(model, group, values)
+
+
+def _written_by(
+    model: HookedMoE, group: SenderGroup, values: Values
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
     of = GroupValues(group, values)
     written = values[group.written_at].float()
     match group.kind:
