@@ -23,6 +23,7 @@ from moe_lens.routing.listener import NEURON_CHECKS, Listener
 from moe_lens.routing.runs import Group
 from moe_lens.routing.senders import GRANULARITIES
 from moe_lens.routing.streamed_runs import StreamedPlan
+from moe_lens.routing.streaming import ContributionAccumulator
 from tests.families import FAMILIES
 from tests.routing_cases import Batch, assert_close_results, assert_same_results, corpus
 from tests.test_contribution_runs import Killed, dies_in_forward, five_batches
@@ -308,7 +309,8 @@ def test_the_plan_is_printed(streamed: Any, capsys: Any) -> None:
 def test_no_weight_and_in_two_readings_no_part_outlives_its_layer(
     streamed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights: those of the layer that runs, and of no other. Parts: the one that was just made."""
+    """Weights, and what is folded of them: those of the layer that runs, and of no other. Parts: the one that was just
+    made."""
     model, init = streamed("qwen2_moe"), parts.TokenPart.__init__
     made: list[weakref.ref[Any]] = []
     most: list[int] = []
@@ -319,6 +321,16 @@ def test_no_weight_and_in_two_readings_no_part_outlives_its_layer(
         most.append(sum(reference() is not None for reference in made))
 
     monkeypatch.setattr(parts.TokenPart, "__init__", counted)
+    reader_of, layers_folded = ContributionAccumulator.reader, []
+
+    def looked_at(self: ContributionAccumulator, group: Any) -> Any:
+        reader = reader_of(self, group)
+        folded = {r.group.layer for r in self.readers.values() if r._folded_output is not None}
+        assert folded <= {group.layer}
+        layers_folded.extend(folded)
+        return reader
+
+    monkeypatch.setattr(ContributionAccumulator, "reader", looked_at)
     weights: list[tuple[str, weakref.ref[Tensor]]] = []
 
     def look(value: Tensor, hook: Any) -> None:
@@ -343,6 +355,7 @@ def test_no_weight_and_in_two_readings_no_part_outlives_its_layer(
         assert (max(most) > 5 * n_components) if n_readings == 1 else (max(most) <= 2)
         for kept in (made, most, weights):
             kept.clear()
+    assert set(layers_folded) == set(range(model.cfg.n_layers))
     store = model.store
     assert model.read_counts.peak_bytes <= store.bytes_needed
     assert sum(stretch.nbytes for stretch in store._stretches) == 2 * store.layer_bytes

@@ -64,6 +64,11 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
 ) -> RoutingContributions | dict[str, RoutingContributions]:
     """Run a corpus and measure how much each sender moves each later router.
 
+    On a streamed model (`HookedMoE.from_pretrained(..., stream=True)`) batches go through the layers together, in
+    groups that fit into `memory_budget`, and each group takes one reading of the layers or two, whichever reads less;
+    the numbers are the same, bit by bit on the CPU. The second reading needs hooks that do the same each time, and
+    the receipt of an open `intervene` counts both. See `moe_lens.routing.streamed_runs`.
+
     Args:
         model: run without gradients.
         batches_or_texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
@@ -84,14 +89,17 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             every average, and the first token of text leads; as a source it stays, at position 0.
         memory_budget: bytes for the accumulators; more takes several passes. The results of all passes are then held
             together, on the CPU. Beside them stand what a batch needs: with `rank_shift` or `experts="selected"` its
-            scores, tokens x senders x receivers x experts, so make batches small then.
+            scores, tokens x senders x receivers x experts, so make batches small then. With a streamed model the budget
+            is also for what the batches of a group hold between two layers; less makes smaller groups, which are read
+            for more often.
         batch_size: documents run at once, of texts and of tokens given as one tensor.
         allow_incomplete: measure also where the senders are not what the routers read, because hooks edit the stream
             between components; `completeness_error` and `rounding_ratio` then say by how much.
         state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
             same numbers, bit by bit on the CPU (on a GPU, sums whose order is not fixed may differ in the last digit).
-        save_every: seconds between savings of the state.
-        verbose: print the plan and show a progress bar.
+        save_every: seconds between savings of the state, which is saved after a batch, or with a streamed model after
+            a group of them.
+        verbose: print the plan and show a progress bar: of batches, or with a streamed model of layers times batches.
 
     Returns:
         Means over documents with their standard errors, lead token and rest apart; for several granularities, a dict
@@ -100,7 +108,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     Raises:
         ValueError: a receiver that is no MoE layer; an unknown granularity, expert or setting; no batches; a row
             without a token; a score that is not finite; senders that do not sum to the logits; a state of another run;
-            batches that can be gone through only once, or are others each time, where several passes are needed.
+            batches that can be gone through only once, or are others each time, where several passes are needed; values
+            that are others the second time, where a streamed model takes two readings.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """
