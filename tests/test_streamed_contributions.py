@@ -20,6 +20,7 @@ from moe_lens.routing import parts
 from moe_lens.routing.contributions import corpus_of, routing_contributions
 from moe_lens.routing.held import Held
 from moe_lens.routing.listener import NEURON_CHECKS, Listener
+from moe_lens.routing.receivers import LookAhead
 from moe_lens.routing.runs import Group
 from moe_lens.routing.senders import GRANULARITIES
 from moe_lens.routing.streamed_runs import StreamedPlan
@@ -396,6 +397,15 @@ def test_what_batches_hold_is_foretold(
         finish(self)
 
     monkeypatch.setattr(Listener, "finish", measured)
+    finish_ahead, found_ahead = LookAhead.finish, []
+
+    def measured_ahead(self: LookAhead) -> None:
+        finish_ahead(self)
+        storages: dict[int, int] = {}
+        reachable_bytes(self, {id(self.values.readouts), id(self.values.measuring)}, storages)
+        found_ahead.append(sum(storages.values()))
+
+    monkeypatch.setattr(LookAhead, "finish", measured_ahead)
     waits = bool(settings)
     for by in (*((g,) for g in GRANULARITIES), GRANULARITIES):
         for n_readings in (1, 2):
@@ -410,3 +420,7 @@ def test_what_batches_hold_is_foretold(
             n_batch, n_pos = batch[0].shape
             foretold = held.bytes(n_batch, n_pos, n_readings) - elsewhere
             assert 0.8 * foretold < found[0] < 1.2 * foretold, (by, n_readings, found[0], foretold)
+            assert len(found_ahead) == n_readings - 1
+            # Between the readings, without the sums of scores.
+            assert all(0 < ahead <= foretold - held._sums(batch[0].numel()) for ahead in found_ahead)
+            found_ahead.clear()

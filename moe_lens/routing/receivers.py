@@ -66,6 +66,11 @@ class ReceiverValues:
     def scales(self) -> Float[Tensor, "token receiver"]:
         return torch.stack(self._scales, dim=1)
 
+    def let_go(self) -> None:
+        """Drop everything."""
+        for values in (self._scales, self._logits, self._chosen):
+            values.clear()
+
     def routed(self) -> Routed:
         """What the pass knows, when it is through."""
         n_documents, n_positions = self.real.shape
@@ -126,6 +131,8 @@ class LookAhead:
         if not bool(self.values.scales[self.values.real.flatten()].isfinite().all()):
             raise ValueError("scales of a batch hold values that are not finite; nothing of it was added")
         self.routed = self.values.routed()
+        # It may be long before the second pass.
+        self.values.let_go()
 
 
 def _unread(value: Tensor, hook: torch.nn.Module) -> None:
