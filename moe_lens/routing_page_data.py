@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, token_batches
+from moe_lens.model.corpus_passes import CorpusBatch, run_batches
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.routing.attribution import (
     RouterLogitAttrs,
     attribution_hooks,
@@ -120,8 +123,9 @@ def routing_decisions(
     plan = _Plan.make(model, rows, by, receivers, max_positions, byte_budget).within_budget()
     payload = plan.skeleton()
     errors = _Errors()
-    for row, document in zip(plan.rows, payload["documents"], strict=True):
-        _fill(plan, row.tokens[: plan.n_positions], document, errors)
+    with _weights_of_heads(plan):
+        for cache, document in zip(_caches(plan), payload["documents"], strict=True):
+            _fill(plan, cache, document, errors)
     payload["errors"] = {
         name: None if value is None else float(f"{value:.3g}") for name, value in vars(errors).items()
     }
@@ -372,17 +376,46 @@ class _Errors:
             self.rounding = max(self.rounding or 0.0, attrs.rounding_ratio)
 
 
-def _fill(plan: _Plan, tokens: Int[Tensor, " pos"], document: dict[str, Any], errors: _Errors) -> None:
-    """Run one document and put its arrays into the skeleton."""
-    model = plan.model
-    names = [
+def _caches(plan: _Plan) -> Iterator[dict[str, Tensor]]:
+    """What each document is taken apart from. A model in memory runs one after another when it is asked for; a streamed
+    one runs all at once, for it reads its layers each time."""
+    names = {
         f"blocks.{r}.mlp.hook_{what}" for r in plan.routers for what in ("expert_indices", "routing_weights")
-    ]
+    }
     for granularity in plan.by:
-        names += attribution_hooks(model, plan.receivers, by=granularity)
-    _, cache = model.run_with_cache(
-        tokens[None].to(model.cfg.device), names_filter=list(dict.fromkeys(names)), return_type=None
+        names |= set(attribution_hooks(plan.model, plan.receivers, by=granularity))
+    batches = [row.tokens[None, : plan.n_positions] for row in plan.rows]
+    at_a_time = len(batches) if isinstance(plan.model, StreamedMoE) else 1
+    for start in range(0, len(batches), at_a_time):
+        caches: list[dict[str, Tensor]] = []
+
+        def listening(batch: CorpusBatch, caches: list[dict[str, Tensor]] = caches) -> Any:
+            cache: dict[str, Tensor] = {}
+            caches.append(cache)
+
+            def keep(value: Tensor, hook: Any) -> None:
+                cache[hook.name] = value.detach()
+
+            return plan.model.listening([(name, keep) for name in names])
+
+        stop = max(plan.receivers) + 1
+        run_batches(plan.model, batches[start : start + at_a_time], listening, stop_at_layer=stop)
+        yield from caches
+
+
+def _weights_of_heads(plan: _Plan) -> AbstractContextManager[None]:
+    """While open, the weights that heads write with are in memory, where the page shows heads: of a streamed model they
+    would be read again for every document and router."""
+    if not isinstance(plan.model, StreamedMoE) or "head" not in plan.by:
+        return nullcontext()
+    return plan.model.copies_in_memory(
+        range(max(plan.receivers) + 1), lambda name: name.endswith("attn.o_proj.weight")
     )
+
+
+def _fill(plan: _Plan, cache: dict[str, Tensor], document: dict[str, Any], errors: _Errors) -> None:
+    """Take one document's run apart and put its arrays into the skeleton."""
+    model = plan.model
     chosen = {r: cache[f"blocks.{r}.mlp.hook_expert_indices"][0] for r in plan.routers}
     weights = [cache[f"blocks.{r}.mlp.hook_routing_weights"][0].float() for r in plan.routers]
     document["chosen"] = _packed(torch.stack(list(chosen.values())), "<u2")

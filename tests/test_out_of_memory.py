@@ -22,7 +22,7 @@ from moe_lens.interventions.first_order import loss_gradients
 from moe_lens.interventions.replay import replay
 from moe_lens.model.block import Block
 from moe_lens.out_of_memory import InParts, is_out_of_memory, said_what_would_help
-from moe_lens.routing import streaming
+from moe_lens.routing import listener
 from moe_lens.routing.contributions import routing_contributions
 from moe_lens.routing.tally import Tally
 from tests.families import prompts
@@ -262,7 +262,7 @@ def test_memory_that_runs_out_while_a_batch_is_added(
                 raise OF_A_GPU
 
     if not at_once:
-        monkeypatch.setattr(streaming, "MADE_AT_ONCE", 0)
+        monkeypatch.setattr(listener, "MADE_AT_ONCE", 0)
     with monkeypatch.context() as patched:
         patched.setattr(Tally, "additions", fails_in_the_middle)
         how: dict[str, Any] = dict(by="expert", state=tmp_path / "state")

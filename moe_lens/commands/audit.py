@@ -66,7 +66,7 @@ def add(commands: Any) -> None:
     )
     _add_experiment(parser)
     add_memory_budget(parser, 1.0)
-    add_precision(parser)
+    add_precision(parser, streams=False)
     parser.set_defaults(run=run)
 
 

@@ -18,10 +18,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a hub id, or 'mini'")
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    """`--dtype` and `--device`."""
+def add_precision(parser: argparse.ArgumentParser, *, streams: bool = True) -> None:
+    """`--dtype` and `--device`; and `--stream`, for a command that can do without all layers in memory."""
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--device", help="default: a CUDA device where there is one, else the CPU")
+    if streams:
+        parser.add_argument(
+            "--stream",
+            action="store_true",
+            help="leave the layers on disk and read each when it runs, for a checkpoint larger than memory",
+        )
 
 
 def add_corpus(parser: argparse.ArgumentParser, seed_help: str) -> None:
@@ -79,6 +85,7 @@ def model_of(options: argparse.Namespace, ranks: Ranks = ALONE) -> Any:
         options.model,
         dtype=DTYPES.get(options.dtype),
         device=ranks.device(device_of(options.device)),
+        stream=options.stream,
         verbose=ranks.first,
     )
 

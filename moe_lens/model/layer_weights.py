@@ -10,18 +10,22 @@ from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
 
 
 @contextmanager
-def weights_in_memory(model: HookedMoE, layer: int | None) -> Iterator[None]:
+def weights_in_memory(model: HookedMoE, layer: int | None, part: str = "") -> Iterator[None]:
     """Within this a layer's weights can be read. A streamed model reads them from disk, unless the layer is at work;
     what is kept of them beyond this must be a copy.
 
     Args:
         layer: None is none.
+        part: of the layer, of which weights will be read: "attn.o_proj", say; where they are in memory nothing is read.
 
     Raises:
         RuntimeError: another layer of a streamed model is at work, so that there is no memory for this one.
         CheckpointChanged, CheckpointMismatch: as `StreamedMoE.layers_in_memory`.
     """
-    if layer is None or not any(isinstance(p, OnDisk) for p in model.blocks[layer].parameters()):
+    if layer is None:
+        yield
+        return
+    if not any(isinstance(p, OnDisk) for p in model.blocks[layer].get_submodule(part).parameters()):
         yield
         return
     with model.layers_in_memory([layer]) as blocks:

@@ -143,6 +143,11 @@ class StreamedMoE(HookedMoE):
         return self._required_store().counts
 
     def _required_store(self) -> LayerSource:
+        """Where its layers come from.
+
+        Raises:
+            RuntimeError: nowhere: it was not loaded from a checkpoint.
+        """
         if self.store is None:
             raise RuntimeError(
                 "this streamed model has no checkpoint; HookedMoE.from_pretrained(..., stream=True) makes one that has"
@@ -193,6 +198,36 @@ class StreamedMoE(HookedMoE):
             finally:
                 for name, parameter in on_disk.items():
                     self._put(name, parameter)
+
+    @contextmanager
+    def copies_in_memory(self, layers: Sequence[int], wanted: Callable[[str], bool]) -> Iterator[None]:
+        """While open, copies of some weights are in memory: the layers are read once for these.
+
+            with model.copies_in_memory(range(3), lambda name: name.endswith("o_proj.weight")):
+                model.blocks[0].attn.W_O
+
+        Args:
+            layers: which to read.
+            wanted: whether a weight of theirs is copied, by its name.
+
+        Raises:
+            ValueError, RuntimeError: see `layers_in_memory`.
+        """
+        copies: dict[str, nn.Parameter] = {}
+        with self.layers_in_memory(layers) as blocks:
+            for layer, block in zip(layers, blocks, strict=True):
+                for name, parameter in block.named_parameters():
+                    whole_name = f"blocks.{layer}.{name}"
+                    if is_streamed(whole_name, parameter) and wanted(whole_name):
+                        copies[whole_name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        on_disk = {name: self.get_parameter(name) for name in copies}
+        for name, parameter in copies.items():
+            self._put(name, parameter)
+        try:
+            yield
+        finally:
+            for name, parameter in on_disk.items():
+                self._put(name, parameter)
 
     def layer_sums_of_bits(self) -> dict[str, tuple[int, int]]:
         """`sums_of_bits` of every weight that is on disk, by its name. Layers that were not read so far are read; the

@@ -29,7 +29,7 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.readout import check_receiver, router_readout
 from moe_lens.routing.rounding import StreamSum, stream_rounds
 from moe_lens.routing.senders import ROUNDING, Names, SenderGroup, Senders, senders_before
-from moe_lens.routing.writes import hooks_of, sender_scores, written_by
+from moe_lens.routing.writes import hooks_of, sender_scores, weights_of, written_by
 
 DENSE_LIMIT = 2**27
 """The most scores held at once, of a router or of logits: 128 Mi numbers, 512 MiB, and about three times that on the
@@ -184,10 +184,19 @@ def scores_with_rounding(
     Returns:
         The scores; the senders, with `rounding` where it is one; and `StreamSum.rounding_ratio`, None in float32.
     """
-    scores = [of_group(group) for group in senders.groups]
     if not stream_rounds(stream.dtype):
-        return torch.cat(scores), senders, None
-    summed = stream_sum(model, senders, values, stream.dtype)
+        return torch.cat([of_group(group) for group in senders.groups]), senders, None
+    scores, summed = [], None
+    for group in senders.groups:
+        # For both, so that a streamed model's layer is read once.
+        with weights_of(model, group):
+            scores.append(of_group(group))
+            written = written_by(model, group, values)
+        if summed is None:
+            summed = StreamSum(written[0], stream.dtype)
+        else:
+            summed.add(*written)
+    assert summed is not None
     scores.append(of_vector(summed.rounding(stream))[None])
     return torch.cat(scores), with_rounding(senders), summed.rounding_ratio(stream)
 
@@ -226,17 +235,6 @@ def relative_error(got: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]
     """max |got - wanted| / max |wanted|; 0 where both are 0 everywhere, infinite where only `wanted` is."""
     error, size = float((got - wanted).abs().max()), float(wanted.abs().max())
     return error / size if size else (float("inf") if error else 0.0)
-
-
-def stream_sum(
-    model: HookedMoE, senders: Senders, values: Mapping[str, Tensor], dtype: torch.dtype
-) -> StreamSum:
-    """The senders' sum as vectors in float32, in the stream's order, and what rounding can have done to it."""
-    first, *rest = senders.groups
-    stream = StreamSum(written_by(model, first, values)[0], dtype)
-    for group in rest:
-        stream.add(*written_by(model, group, values))
-    return stream
 
 
 def with_rounding(senders: Senders) -> Senders:

@@ -1,8 +1,9 @@
 """From a component that has just run to its part in the batch, for each kind of sender.
 
-One `ComponentReader` for each component and granularity of a pass. It keeps what is folded once for a checkpoint
-(`W_O R^T` of an attention layer, the columns of an MLP), takes the hook values of a batch, and gives the part, with
-the sum of its senders' scores for the check that everything sums to the logits.
+One `ComponentReader` for each component and granularity of a pass. It keeps what is made once for a checkpoint
+(`W_O R^T` of an attention layer, the measures of an MLP's columns), takes the hook values of a batch, and gives the
+part, with the sum of its senders' scores for the check that everything sums to the logits. Of the weights themselves
+it keeps nothing, and it asks for them only while the component runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.mlp import DenseMLP
-from moe_lens.model.moe import MoE
 from moe_lens.routing.measures import head_lengths, normalised_lengths
 from moe_lens.routing.neuron_parts import NeuronColumns, NeuronPart
 from moe_lens.routing.parts import Measuring, Part, Readouts, TokenPart, token_chunks
@@ -70,18 +69,21 @@ class ComponentReader:
         self.source_axis: SourceAxis = source_axis
         self.n_sources = n_sources
         self._rows = self.readouts.flat
-        if group.kind in ("heads", "sources"):
-            attention = attention_of(model, group.layer)
-            self._folded = folded_output(attention, self._rows)
-            self._bias = attention.b_O.detach().float() if len(group.names) == 2 else None
+        self._folded_output: Float[Tensor, "head d_value row"] | None = None
         if group.kind in ("neurons", "dense neurons"):
-            mlp = mlp_of(model, group.layer)
-            if isinstance(mlp, MoE):
-                shared = None if mlp.shared is None else mlp.shared.W_down
-                self._columns = NeuronColumns(mlp.experts.W_down, shared, self.readouts)
-            else:
-                assert isinstance(mlp, DenseMLP)
-                self._columns = NeuronColumns(None, mlp.W_down, self.readouts)
+            self._columns = NeuronColumns(mlp_of(model, group.layer), self.readouts)
+
+    @property
+    def _folded(self) -> Float[Tensor, "head d_value row"]:
+        """`W_O R^T`, made when first asked for."""
+        if self._folded_output is None:
+            self._folded_output = folded_output(attention_of(self.model, self.group.layer), self._rows)
+        return self._folded_output
+
+    def let_go(self) -> None:
+        """Drop what can be made again when the layer is in memory again. The table of an MLP's columns, which takes
+        longer to make than it takes memory, stays."""
+        self._folded_output = None
 
     def read(self, values: Values, real: Bool[Tensor, "batch pos"], checked: Int[Tensor, " checked"]) -> Read:
         """Args:
@@ -134,8 +136,8 @@ class ComponentReader:
                 einsum(z[chunk], self._folded, "token head d_value, head d_value row -> token head row")
             )
             lengths = head_lengths(attention, z[chunk], self.readouts.gains)
-            if self._bias is not None:
-                bias_scores, bias_lengths = self._bias_measures()
+            if (bias := self._bias_measures()) is not None:
+                bias_scores, bias_lengths = bias
                 n = len(scores)
                 scores = torch.cat((scores, bias_scores.expand(n, 1, *bias_scores.shape)), dim=1)
                 lengths = torch.cat((lengths, bias_lengths.expand(n, 1, *bias_lengths.shape)), dim=1)
@@ -143,10 +145,12 @@ class ComponentReader:
             sums.append(scores.sum(dim=1))
         return Read(part, torch.cat(sums))
 
-    def _bias_measures(self) -> tuple[Float[Tensor, "receiver expert"], Float[Tensor, " receiver"]]:
-        assert self._bias is not None
-        scores = self.readouts.unflatten(self._bias @ self._rows.T)
-        return scores, normalised_lengths(self._bias, self.readouts.gains)
+    def _bias_measures(self) -> tuple[Float[Tensor, "receiver expert"], Float[Tensor, " receiver"]] | None:
+        """The output bias' scores and lengths, where there is a bias."""
+        if len(self.group.names) == 1:
+            return None
+        bias = attention_of(self.model, self.group.layer).b_O.detach().float()
+        return self.readouts.unflatten(bias @ self._rows.T), normalised_lengths(bias, self.readouts.gains)
 
     def _source_part(self, of: GroupValues, real: Bool[Tensor, "batch pos"]) -> Read:
         attention = attention_of(self.model, self.group.layer)
@@ -158,7 +162,7 @@ class ComponentReader:
             pattern = pattern.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
         by_source = einsum(sources, self._folded, "b p head d_value, head d_value row -> b p head row")
         lengths = head_lengths(attention, sources.flatten(0, 1), self.readouts.gains)
-        bias = None if self._bias is None else self._bias_measures()
+        bias = self._bias_measures()
         part = SourcePart(
             pattern,
             self.readouts.unflatten(by_source),
@@ -183,6 +187,9 @@ class ComponentReader:
         else:
             always = of.at("hook_post").flatten(0, 1).float()
         part = NeuronPart(self._columns, routed, always, self.first, self.measuring)
+        if not self.measuring.waits:
+            # Now, for it takes the weights, and the part is asked for its sums when they may be on disk.
+            _ = self._columns.table
         # A sum over neurons is the down-projection once more, so it is made for the checked tokens alone.
         at_checked = {name: value.flatten(0, 1)[checked][None] for name, value in of.values.items()}
         vector, _ = written_by(self.model, self.group, at_checked)

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from moe_lens.corpus import Document, TokenBatches, bos_by_default, refuse_bare_pair, token_batches
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.routing.documents import real_tokens
-from moe_lens.routing.readout import Experts, check_experts
+from moe_lens.routing.held import Held
+from moe_lens.routing.listener import NEURON_CHECKS
+from moe_lens.routing.readout import Experts, check_experts, check_receivers
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, contributions_of
 from moe_lens.routing.senders import SourceAxis, check_granularity
 from moe_lens.routing.shards import ShardedRun, Shards
+from moe_lens.routing.streamed_runs import StreamedPlan
 
 __all__ = ["MEMORY_BUDGET", "RoutingContributions", "Shards", "contributions_of", "routing_contributions"]
 
@@ -81,6 +85,11 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
 ) -> RoutingContributions | dict[str, RoutingContributions] | None:
     """Run a corpus and measure how much each sender moves each later router.
 
+    On a streamed model (`HookedMoE.from_pretrained(..., stream=True)`) batches go through the layers together, in
+    groups that fit into `memory_budget`, and each group takes one reading of the layers or two, whichever reads less;
+    the numbers are the same, bit by bit on the CPU. The second reading needs hooks that do the same each time, and
+    the receipt of an open `intervene` counts both. See `moe_lens.routing.streamed_runs`.
+
     Args:
         model: run without gradients.
         batches_or_texts: a text or several (one document each); tokens `[batch, pos]`, with `attention_mask`; what
@@ -101,18 +110,21 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             every average, and the first token of text leads; as a source it stays, at position 0.
         memory_budget: bytes for the accumulators; more takes several passes. The results of all passes are then held
             together, on the CPU. Beside them stand what a batch needs: with `rank_shift` or `experts="selected"` its
-            scores, tokens x senders x receivers x experts, so make batches small then.
+            scores, tokens x senders x receivers x experts, so make batches small then. With a streamed model the budget
+            is also for what the batches of a group hold between two layers; less makes smaller groups, which are read
+            for more often.
         batch_size: documents run at once, of texts and of tokens given as one tensor. Where memory runs out at a
             batch, of whatever kind, it is run some documents at a time, which changes numbers by rounding only and is
-            said in the log (`moe_lens.out_of_memory`).
+            said in the log (`moe_lens.out_of_memory`); a streamed model's batches are not divided.
         allow_incomplete: measure also where the senders are not what the routers read, because hooks edit the stream
             between components; `completeness_error` and `rounding_ratio` then say by how much.
         state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
             same numbers, bit by bit on the CPU (on a GPU, sums whose order is not fixed may differ in the last digit).
-        save_every: seconds between savings of the state. It is also saved when an interrupt or an error ends the run.
+        save_every: seconds between savings of the state, which is saved after a batch, or with a streamed model after
+            a group of them. It is also saved when an interrupt or an error ends the run.
         shards: measure the corpus in shards, kept in a folder, with whatever other processes work there: see
             `moe_lens.routing.shards`. The result is then that of rank 0, and None at the others.
-        verbose: print the plan and show a progress bar.
+        verbose: print the plan and show a progress bar: of batches, or with a streamed model of layers times batches.
 
     Returns:
         Means over documents with their standard errors, lead token and rest apart; for several granularities, a dict
@@ -122,7 +134,7 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         ValueError: a receiver that is no MoE layer; an unknown granularity, expert or setting; no batches; a row
             without a token; a score that is not finite; senders that do not sum to the logits; a state of another run;
             batches that can be gone through only once, or are others each time, where several passes are needed; ranks
-            that see different runs.
+            that see different runs; values that are others the second time, where a streamed model takes two readings.
         RankLost: another rank has ended.
         NotEnoughMemory: one document alone does not fit; or memory ran out when part of a batch had been added to
             accumulators of more than a quarter of a GiB. The state that is kept is of the batches before.
@@ -136,8 +148,21 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     max_positions = None if max_positions is None else operator.index(max_positions)
     if max_positions is not None and max_positions < 1:
         raise ValueError(f"max_positions={max_positions} must be positive")
-    plan = Plan.make(model, granularities, receivers, memory_budget, rank_shift, max_positions or 0)
     listed = check_experts(model, experts, rank_shift=rank_shift)
+    n_sources = max_positions or 0
+    if isinstance(model, StreamedMoE):
+        held = Held(
+            model.cfg,
+            tuple(granularities),
+            check_receivers(model, receivers),
+            model.cfg.n_experts if listed is None else len(listed),
+            selected=isinstance(experts, str) and experts == "selected",
+            rank_shift=rank_shift,
+            n_checked=NEURON_CHECKS,
+        )
+        plan = StreamedPlan.of(model, corpus, held, memory_budget, n_sources)
+    else:
+        plan = Plan.make(model, granularities, receivers, memory_budget, rank_shift, n_sources)
     settings: dict[str, Any] = dict(
         by=granularities,
         experts=experts if listed is None else list(listed),

@@ -24,6 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.model.expert_matmul import group_products
+from moe_lens.model.mlp import DenseMLP
+from moe_lens.model.moe import MoE
 from moe_lens.routing.documents import POSITIONS
 from moe_lens.routing.measures import MEASURES, chunk_size, normalised_lengths, score_measures
 from moe_lens.routing.parts import DocumentSummer, DocumentSums, Measuring, Readouts, Routed, Rows
@@ -32,24 +34,27 @@ from moe_lens.routing.parts import DocumentSummer, DocumentSums, Measuring, Read
 class NeuronColumns:
     """The weight columns of an MLP's neurons, routed experts' first and then the shared ones', and their table.
 
+    Weights are read when they are asked for, and not kept: a streamed model's are in memory only while the layer runs.
+
     Args:
-        routed: `W_down` of the routed experts; None for a dense layer.
-        always: that of the shared experts, or of the dense layer; None where there is none.
+        mlp: whose neurons.
         readouts: the receivers that the layer reaches.
     """
 
-    def __init__(
-        self,
-        routed: Float[Tensor, "expert neuron d_model"] | None,
-        always: Float[Tensor, "neuron d_model"] | None,
-        readouts: Readouts,
-    ):
-        self.readouts = readouts
-        runs = [t.detach().flatten(0, -2) for t in (routed, always) if t is not None]
-        self.n_routed = 0 if routed is None else runs[0].shape[0]
-        self.n_neurons = sum(map(len, runs))
-        self._runs = runs
+    def __init__(self, mlp: MoE | DenseMLP, readouts: Readouts):
+        self.mlp, self.readouts = mlp, readouts
+        self.n_routed = mlp.experts.W_down.shape[:2].numel() if isinstance(mlp, MoE) else 0
+        always = mlp.shared if isinstance(mlp, MoE) else mlp
+        self.n_neurons = self.n_routed + (0 if always is None else always.W_down.shape[0])
         self._table: Float[Tensor, "measure receiver neuron"] | None = None
+
+    @property
+    def runs(self) -> list[Float[Tensor, "neuron d_model"]]:
+        """The columns of the routed experts, and those of the shared experts or of the dense layer."""
+        if not isinstance(self.mlp, MoE):
+            return [self.mlp.W_down.detach()]
+        shared = [] if self.mlp.shared is None else [self.mlp.shared.W_down.detach()]
+        return [self.mlp.experts.W_down.detach().flatten(0, 1), *shared]
 
     @property
     def table(self) -> Float[Tensor, "measure receiver neuron"]:
@@ -61,7 +66,7 @@ class NeuronColumns:
                 len(MEASURES), n_receivers, self.n_neurons, device=self.readouts.rows.device
             )
             start = 0
-            for run in self._runs:
+            for run in self.runs:
                 for columns in run.split(step):
                     columns = columns.float()
                     scores = self.readouts.unflatten(columns @ self.readouts.flat.T)
@@ -74,7 +79,7 @@ class NeuronColumns:
 
     def scores(self, receiver: int) -> Float[Tensor, "neuron expert"]:
         """Every column's scores at one receiver."""
-        return torch.cat([run.float() @ self.readouts.rows[receiver].T for run in self._runs])
+        return torch.cat([run.float() @ self.readouts.rows[receiver].T for run in self.runs])
 
 
 class NeuronPart:
@@ -185,7 +190,7 @@ class NeuronPart:
         """Every neuron's scores, a few tokens at a time: where measures need the receivers' own routing."""
         columns = self.columns.scores(receiver)
         lengths = normalised_lengths(
-            torch.cat([run.float() for run in self.columns._runs]),
+            torch.cat([run.float() for run in self.columns.runs]),
             self.columns.readouts.gains[receiver, None],
         )
         summer = DocumentSummer(routed, self.measuring.n_measures, 1, self.columns.n_neurons)

@@ -36,7 +36,7 @@ class Progress:
         self.n_begun_with = self.n_saved = n_batches
 
     def begins(self, n_batches: int, digest: str, n_rows: int) -> None:
-        """A batch is being run; with it there are so many."""
+        """A batch is being run, or a group of them; with it there are so many."""
         self._coming = Place(n_batches, digest, n_rows)
 
     def ends(self) -> None:
@@ -47,8 +47,8 @@ class Progress:
         """Whether what the accumulator holds now, when the run is cut off, is these batches and no other is in part;
         and whether it is more than was saved."""
         if accumulator.whole and accumulator.n_rows == self._coming.n_rows and self.at is not self._coming:
-            # The interrupt waited until the batch was added. The first after a state is held against that first.
-            if self._coming.n_batches == self.n_begun_with + 1 > 1:
+            # The interrupt waited until all was added. The first after a state is held against that first.
+            if self.at.n_batches == self.n_begun_with > 0:
                 return False
             require_in_order()
             self.ends()

@@ -9,12 +9,13 @@ the same call goes on from there and gives the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -92,6 +93,8 @@ def contributions_of(
     Raises:
         ValueError: it has seen no batch.
     """
+    if any(tally.n_documents["lead"] == 0 for tally in accumulator.tallies.values()):
+        raise ValueError("there were no batches, so there is nothing to average over")
     cfg, measuring = accumulator.model.cfg, accumulator.measuring
     provenance = {
         "model": cfg.model_name,
@@ -110,8 +113,6 @@ def contributions_of(
     }
     results = {}
     for by, tally in accumulator.tallies.items():
-        if tally.n_documents["lead"] == 0:
-            raise ValueError("there were no batches, so there is nothing to average over")
         results[by] = RoutingContributions(
             by=by,
             senders=tally.senders,
@@ -134,13 +135,49 @@ def contributions_of(
 # ---- the plan ----
 
 
+class Group(NamedTuple):
+    """Batches that go through the model together, and how often its layers are gone through for them."""
+
+    batches: Sequence[tuple[Tokens, Mask | None]]
+    n_readings: int = 1
+
+
+class BatchesInParts:
+    """Batches through a model in memory, each whole, or where memory runs out some of its documents at a time."""
+
+    def __init__(self) -> None:
+        self._tokens_at_once: int | None = None
+        """Of a batch, since memory ran out at more."""
+
+    def run(self, accumulator: ContributionAccumulator, tokens: Tokens, mask: Mask | None) -> None:
+        """Let an accumulator listen to a batch."""
+        # No later layer is read.
+        stop = accumulator.receivers[-1] + 1
+
+        def measure(rows: slice) -> None:
+            some, some_mask = tokens[rows], None if mask is None else mask[rows]
+            with torch.no_grad(), accumulator.listening(some, some_mask):
+                accumulator.model(some, attention_mask=some_mask, stop_at_layer=stop)
+
+        width = max(1, tokens.shape[1])
+        affordable = None if self._tokens_at_once is None else max(1, self._tokens_at_once // width)
+        in_parts = InParts("documents of a batch", _HELP, affordable)
+        in_parts.run(measure, len(tokens), can_be_repeated=lambda: accumulator.whole)
+        if in_parts.at_once != affordable and in_parts.at_once is not None:
+            self._tokens_at_once = in_parts.at_once * width
+
+
 @dataclass
 class Plan:
-    """Which receivers are measured in which pass, and how much memory the largest takes."""
+    """Which receivers are measured in which pass, how much memory the largest takes, and how batches are run."""
 
     chunks: list[tuple[int, ...]]
     bytes_needed: int
     largest: int
+    in_parts: BatchesInParts = field(default_factory=BatchesInParts, kw_only=True)
+
+    unit: ClassVar[str] = "batch"
+    """Of progress."""
 
     @classmethod
     def make(
@@ -152,20 +189,10 @@ class Plan:
         rank_shift: bool,
         n_sources: int,
     ) -> Plan:
-        n_measures = len(MEASURES) + (len(RANK_MEASURES) if rank_shift else 0)
-
-        def needed(receiver: int) -> int:
-            total = 0
-            for name in by:
-                n_senders = len(senders_before(model.cfg, receiver, name, n_sources=n_sources)) + 1
-                cell = _BYTES_PER_CELL + (_BYTES_PER_TABLE_CELL if name == "neuron" else 0)
-                total += n_measures * cell * n_senders
-            return total
-
         chunks: list[list[int]] = [[]]
         sizes = [0]
         for receiver in check_receivers(model, receivers):
-            size = needed(receiver)
+            size = accumulator_bytes(model, by, receiver, rank_shift, n_sources)
             if size > budget:
                 raise ValueError(
                     f"one receiver, M{receiver}, needs {size:,} bytes of accumulators, over memory_budget={budget:,}"
@@ -177,6 +204,35 @@ class Plan:
             sizes[-1] += size
         return cls([tuple(chunk) for chunk in chunks], sum(sizes), max(sizes))
 
+    def groups(
+        self, number: int, batches: Iterable[tuple[Tokens, Mask | None]], n_done: int
+    ) -> Iterator[Group]:
+        """The batches of a pass, after those that are done, as they are run: here, one by one."""
+        return (Group([batch]) for batch in batches)
+
+    def run(
+        self,
+        accumulator: ContributionAccumulator,
+        group: Group,
+        allow_incomplete: bool,
+        stepped: Callable[[], object],
+    ) -> None:
+        """Let an accumulator listen to a group of batches.
+
+        Args:
+            allow_incomplete: see `routing_contributions`.
+            stepped: called for every step of progress.
+        """
+        for tokens, mask in group.batches:
+            self.in_parts.run(accumulator, tokens, mask)
+            if not allow_incomplete:
+                accumulator.require_closed()
+            stepped()
+
+    def n_steps(self, number: int, corpus: Corpus, n_done: int) -> int | None:
+        """Of progress in a pass whose first batches are done; None where it is not known."""
+        return None if corpus.n_batches is None else corpus.n_batches - n_done
+
     def describe(self, corpus: Corpus) -> str:
         n_batches = corpus.n_batches or "an unknown number of"
         return (
@@ -184,6 +240,19 @@ class Plan:
             f"plan: {len(self.chunks)} pass(es) over {n_batches} batches; accumulators take up to "
             f"{self.largest / 2**20:,.1f} MiB, and the result {self.bytes_needed / 2**20:,.1f} MiB"
         )
+
+
+def accumulator_bytes(
+    model: HookedMoE, by: Sequence[str], receiver: int, rank_shift: bool, n_sources: int
+) -> int:
+    """What the means of one receiver take."""
+    n_measures = len(MEASURES) + (len(RANK_MEASURES) if rank_shift else 0)
+    total = 0
+    for name in by:
+        n_senders = len(senders_before(model.cfg, receiver, name, n_sources=n_sources)) + 1
+        cell = _BYTES_PER_CELL + (_BYTES_PER_TABLE_CELL if name == "neuron" else 0)
+        total += n_measures * cell * n_senders
+    return total
 
 
 # ---- the run ----
@@ -206,8 +275,6 @@ class Run:
         self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
         self.state, self.save_every, self.verbose = state, save_every, verbose
         self.allow_incomplete = allow_incomplete
-        self._tokens_at_once: int | None = None
-        """Of a batch, since memory ran out at more."""
         if state is not None and not state.absolute().parent.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
@@ -230,8 +297,7 @@ class Run:
 
     def _pass(self, number: int) -> dict[str, RoutingContributions]:
         """One pass over the corpus, from where its state left it."""
-        receivers = self.plan.chunks[number]
-        accumulator = ContributionAccumulator(self.model, receivers=receivers, **self.settings)
+        accumulator = ContributionAccumulator(self.model, receivers=self.plan.chunks[number], **self.settings)
         n_done, digest, edited = self._restore(number, accumulator)
         progress = Progress(n_done, digest, accumulator.n_rows)
         try:
@@ -251,33 +317,39 @@ class Run:
         self, number: int, accumulator: ContributionAccumulator, progress: Progress, edited: set[str]
     ) -> None:
         """Those that are still to be run, saved now and then and at the end."""
-        n_done, digest, last = progress.at.n_batches, progress.at.digest, self.plan.chunks[number][-1]
+        n_done, digest = progress.at.n_batches, progress.at.digest
         seen, saved_at, n_batches = TokenDigest(), time.monotonic(), 0
-        for tokens, mask in tqdm(
-            self.corpus, total=self.corpus.n_batches, disable=not self.verbose, unit="batch"
-        ):
-            n_batches += 1
+        batches = iter(self.corpus)
+        for tokens, mask in islice(batches, n_done):
             seen.add(tokens, mask)
-            if n_batches == n_done and seen.hexdigest() != digest:
-                raise self._other_run(number, "its tokens were others")
-            if n_batches <= n_done:
-                continue
-            progress.begins(n_batches, seen.hexdigest(), accumulator.n_rows + len(tokens))
-            # No later layer is read.
-            self._measure(accumulator, tokens, mask, stop_at_layer=last + 1)
-            self._require_closed(accumulator)
-            if n_batches == n_done + 1 > 1 and bool(accumulator.edited) != bool(edited):
-                raise self._other_run(
-                    number, f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}"
-                )
-            accumulator.edited |= edited
-            progress.ends()
-            if self.state is not None and time.monotonic() - saved_at >= self.save_every:
-                self._save(number, accumulator, n_batches, progress.at.digest)
-                progress.n_saved, saved_at = n_batches, time.monotonic()
-        accumulator.edited |= edited
+            n_batches += 1
         if n_batches < n_done:
             raise self._other_run(number, f"it had seen {n_done} batches, and now there are {n_batches}")
+        if n_done and seen.hexdigest() != digest:
+            raise self._other_run(number, "its tokens were others")
+        with tqdm(
+            total=self.plan.n_steps(number, self.corpus, n_done),
+            disable=not self.verbose,
+            unit=self.plan.unit,
+        ) as bar:
+            for group in self.plan.groups(number, batches, n_done):
+                is_first, n_batches, n_rows = n_batches == n_done, n_batches + len(group.batches), 0
+                for tokens, mask in group.batches:
+                    seen.add(tokens, mask)
+                    n_rows += len(tokens)
+                progress.begins(n_batches, seen.hexdigest(), accumulator.n_rows + n_rows)
+                self.plan.run(accumulator, group, self.allow_incomplete, bar.update)
+                if n_done and is_first and bool(accumulator.edited) != bool(edited):
+                    raise self._other_run(
+                        number,
+                        f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}",
+                    )
+                accumulator.edited |= edited
+                progress.ends()
+                if self.state is not None and time.monotonic() - saved_at >= self.save_every:
+                    self._save(number, accumulator, n_batches, progress.at.digest)
+                    progress.n_saved, saved_at = n_batches, time.monotonic()
+        accumulator.edited |= edited
         if self.state is not None and n_batches > n_done:
             self._save(number, accumulator, n_batches, progress.at.digest)
             progress.n_saved = n_batches
@@ -285,23 +357,6 @@ class Run:
     def _require_closed(self, accumulator: ContributionAccumulator) -> None:
         if not self.allow_incomplete:
             accumulator.require_closed()
-
-    def _measure(
-        self, accumulator: ContributionAccumulator, tokens: Tokens, mask: Mask | None, stop_at_layer: int
-    ) -> None:
-        """One batch; where memory runs out, some of its documents at a time."""
-
-        def measure(rows: slice) -> None:
-            some, some_mask = tokens[rows], None if mask is None else mask[rows]
-            with torch.no_grad(), accumulator.listening(some, some_mask):
-                self.model(some, attention_mask=some_mask, stop_at_layer=stop_at_layer)
-
-        width = max(1, tokens.shape[1])
-        affordable = None if self._tokens_at_once is None else max(1, self._tokens_at_once // width)
-        in_parts = InParts("documents of a batch", _HELP, affordable)
-        in_parts.run(measure, len(tokens), can_be_repeated=lambda: accumulator.whole)
-        if in_parts.at_once != affordable and in_parts.at_once is not None:
-            self._tokens_at_once = in_parts.at_once * width
 
     def _file(self, number: int) -> Path:
         assert self.state is not None

@@ -46,6 +46,8 @@ def whole_or_not(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+_CHECKSUMS = "checksums of arrays"
+
 # No space; more than a user's, or a file's, share of it.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -79,8 +81,8 @@ def write_atomically(path: str | Path, arrays: Mapping[str, Tensor], facts: Mapp
     tensors = {name: array.detach().cpu().contiguous() for name, array in arrays.items()}
     with whole_or_not(path) as unfinished:
         checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-        metadata = {"facts": json.dumps(facts), "checksums": json.dumps(checksums)}
-        save_file(tensors, unfinished, metadata=metadata)
+        # Of one entry, because safetensors writes several in no order: the same contents are the same bytes.
+        save_file(tensors, unfinished, metadata={"facts": json.dumps({**facts, _CHECKSUMS: checksums})})
         # safetensors writes for the owner alone; this is a file like any other.
         unfinished.chmod(0o666 & ~_umask())
     return Path(path)
@@ -104,7 +106,8 @@ def read_arrays(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            facts, checksums = json.loads(metadata["facts"]), json.loads(metadata.get("checksums", "{}"))
+            facts = json.loads(metadata["facts"])
+            checksums = facts.pop(_CHECKSUMS, {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise ValueError(

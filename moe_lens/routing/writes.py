@@ -13,6 +13,7 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -130,6 +131,12 @@ READ_WITH_WEIGHTS = ("heads", "sources", "neurons", "dense neurons")
 """Kinds of senders that are read through their layer's matrices."""
 
 
+def weights_of(model: HookedMoE, group: SenderGroup) -> AbstractContextManager[None]:
+    """Within it, the matrices through which a group's senders are read are in memory (`weights_in_memory`)."""
+    part = "attn.o_proj" if group.kind in ("heads", "sources") else "mlp"
+    return weights_in_memory(model, group.layer if group.kind in READ_WITH_WEIGHTS else None, part)
+
+
 def reading_weights(
     function: Callable[Concatenate[HookedMoE, SenderGroup, _Arguments], _Result],
 ) -> Callable[Concatenate[HookedMoE, SenderGroup, _Arguments], _Result]:
@@ -139,8 +146,7 @@ def reading_weights(
     def reading(
         model: HookedMoE, group: SenderGroup, *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result:
-        layer = group.layer if group.kind in READ_WITH_WEIGHTS else None
-        with weights_in_memory(model, layer):
+        with weights_of(model, group):
             return function(model, group, *args, **kwargs)
 
     return reading

@@ -13,12 +13,12 @@ from moe_lens.interop.nnsight.shipped.contributions import populations_of
 from moe_lens.interop.nnsight.shipped.moments import merge_results
 from moe_lens.routing.attribution import with_rounding
 from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments
+from moe_lens.routing.listener import FAR_BEYOND_ROUNDING
 from moe_lens.routing.measures import MEASURES
 from moe_lens.routing.result import COMPLETENESS_TOLERANCE, RoutingContributions, measure_names
 from moe_lens.routing.rounding import stream_rounds
 from moe_lens.routing.senders import ROUNDING, Senders
 from moe_lens.routing.storage import read_arrays, write_atomically
-from moe_lens.routing.streaming import FAR_BEYOND_ROUNDING
 
 _MOMENTS = ("count", "mean", "squares")
 _STORED_TENSOR = 257
