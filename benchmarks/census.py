@@ -91,11 +91,12 @@ def matmul_peak(dtype: torch.dtype, device: str, size: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(8):
-        best = max(best, 2 * size**3 / _seconds(lambda: a @ b, device))
+        best = max(best, 2 * size**3 / seconds_of(lambda: a @ b, device))
     return best
 
 
-def _seconds(run: Callable[[], Any], device: str) -> float:
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """Wall seconds of a run, the work of a CUDA device included."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -107,18 +108,21 @@ def _seconds(run: Callable[[], Any], device: str) -> float:
 
 def useful_flops(cfg: Any, n_tokens: int) -> float:
     """Of the ablations alone: matrices of the later layers, attention to visible keys, predictions; no clean runs."""
-    positions = n_tokens - 1
+    branches = (n_tokens - 1) * cfg.top_k
+    depth = cfg.n_layers * (cfg.n_layers - 1) / 2
+    return branches * (depth * layer_flops(cfg, n_tokens) + cfg.n_layers * 2 * cfg.d_model * cfg.d_vocab)
+
+
+def layer_flops(cfg: Any, n_tokens: int) -> float:
+    """Of a layer, for each token of a document: its matrices, and attention to the keys that the mean token sees."""
     d_heads = cfg.n_heads * cfg.d_head
     d_keys = cfg.n_key_value_heads * cfg.d_head
-    per_token = (
+    return (
         2 * cfg.d_model * (2 * d_heads + 2 * d_keys)
         + 4 * d_heads * (n_tokens / 2)
         + 2 * cfg.d_model * cfg.n_experts
         + cfg.top_k * 6 * cfg.d_model * cfg.d_expert
     )
-    branches = positions * cfg.top_k
-    depth = cfg.n_layers * (cfg.n_layers - 1) / 2
-    return branches * (depth * per_token + cfg.n_layers * 2 * cfg.d_model * cfg.d_vocab)
 
 
 def check(hf: Any, tokens: torch.Tensor, table: Census, n: int = 8) -> tuple[float, float]:
@@ -224,7 +228,7 @@ def olmoe_on_cuda(n_tokens: int = 512, n_documents: int = 4) -> None:
             nonlocal table
             table = census(model, tokens, memory_budget=gib * 2**30, noise_samples=0)
 
-        seconds = _seconds(run, "cuda")
+        seconds = seconds_of(run, "cuda")
         assert table is not None
         share = useful_flops(model.cfg, n_tokens) * n_documents / seconds / peak
         added = (torch.cuda.max_memory_allocated() - held) / 2**30

@@ -113,7 +113,7 @@ def require_disk(directory: Path) -> str:
         key=lambda mount: len(mount[0]),
     )
     if kind in ("tmpfs", "ramfs"):
-        raise SystemExit(f"{directory} lies in memory ({kind}); give a --checkpoint on a disk")
+        raise SystemExit(f"{directory} lies in memory ({kind}); give one on a disk")
     return kind
 
 

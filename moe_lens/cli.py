@@ -1,7 +1,7 @@
 """The command line: `moe-lens COMMAND ...`; the commands are in `moe_lens.commands`.
 
 Exit status 0: everything passed. 1: it ran, and a check failed. 2: it could not run; one line says why. 130: stopped
-from the keyboard.
+from the keyboard, or asked to end (SIGTERM); what keeps a state has saved it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ import sys
 from collections.abc import Sequence
 
 from moe_lens.commands import audit, census, contributions, demo, verify
+from moe_lens.interrupts import ended_like_an_interrupt
+from moe_lens.ranks import require_alone, say
+
+_ON_RANKS = (contributions.run, census.run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with ended_like_an_interrupt():
+            if options.run not in _ON_RANKS:
+                require_alone()
+            return options.run(options)
     except KeyboardInterrupt:
-        print("moe-lens: stopped; what keeps a state goes on from it with the same command", file=sys.stderr)
+        say("stopped; what keeps a state goes on from it with the same command")
         return 130
     except (ValueError, OSError, MemoryError, KeyError, FloatingPointError) as error:
-        print(f"moe-lens: error: {_one_line(error)}", file=sys.stderr)
+        say(f"error: {_one_line(error)}")
         return 2
 
 

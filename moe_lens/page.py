@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from moe_lens.plots import MEASURE_NAMES, stripes
 from moe_lens.routing.result import RoutingContributions
+from moe_lens.routing.storage import whole_or_not
 
 # Two figures beside each other only where their columns can still be told apart.
 _MOST_SENDERS_SIDE_BY_SIDE = 40
@@ -93,16 +94,15 @@ def page_html(title: str, body: str, *, css: str = "", figures: bool = True) -> 
 
 
 def write_page(text: str, path: str | Path) -> Path:
-    """Write a page.
+    """Write a page, whole or not at all.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: there is no room on the disk.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write the report into")
-    path.write_text(text, encoding="utf-8")
-    return path
+    with whole_or_not(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:

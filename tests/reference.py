@@ -14,7 +14,7 @@ Axes: b batch, p position, h head, k slot of a chosen expert (heaviest first), e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -241,6 +241,36 @@ def attend_and_write(
 
 
 # --- feed-forward layers ------------------------------------------------------------------------------------
+
+
+def attend_with_own(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    clean_keys: Tensor,
+    clean_values: Tensor,
+    rows: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """z of branches `[n branch head d]`, each of which sees its own key and the first `rows[n]` of `[key kv_head d]`.
+
+    All scores are there at once in the tensors' dtype, the softmax is float32 at least, and its pattern is rounded to
+    the tensors' dtype again.
+    """
+    group = queries.shape[2] // keys.shape[2]
+    z = []
+    for n, n_visible in enumerate(rows):
+        for branch in range(queries.shape[1]):
+            for head in range(queries.shape[2]):
+                query, key_head = queries[n, branch, head], head // group
+                earlier = clean_keys[:n_visible, key_head] @ query
+                own = (keys[n, branch, key_head] * query).sum()
+                scores = torch.cat((earlier, own[None])) * scale
+                pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+                pattern = pattern.to(values.dtype)
+                read = pattern[:-1] @ clean_values[:n_visible, key_head]
+                z.append(read + pattern[-1] * values[n, branch, key_head])
+    return torch.stack(z).view(*queries.shape[:3], -1)
 
 
 def dense_layer(mlp: Any, config: Any, x: Tensor, tap: Tap) -> Tensor:

@@ -19,9 +19,10 @@ import torch
 from moe_lens import cli
 from moe_lens.audit import Census, audit, expert_metrics, progressive, redistribution
 from moe_lens.audit.audit_tables import TABLES, AuditTables
-from moe_lens.audit.census_shards import HEADER, FolderLock
+from moe_lens.audit.census_shards import HEADER
 from moe_lens.commands.audit import _folder_names, _labels
 from moe_lens.corpus import bos_by_default, read_jsonl, read_lines, token_batches
+from moe_lens.routing.folder_lock import FolderLock
 from tests.families import VARIANTS, Variant, write_checkpoint, write_tokenizer
 
 census_module: Any = import_module("moe_lens.audit.census")

@@ -15,12 +15,12 @@ import pytest
 
 from moe_lens import cli
 from moe_lens.audit.census import census
-from moe_lens.audit.census_shards import FolderLock
 from moe_lens.audit.census_table import Census
 from moe_lens.audit.noise import NoiseFloor
 from moe_lens.census_page import census_page_html, largest_changes
 from moe_lens.corpus import TokenBatches, bos_by_default, read_jsonl, token_batches
 from moe_lens.interventions import expert_reference
+from moe_lens.routing.folder_lock import FolderLock
 
 # In the package, its name is the function's.
 census_module: Any = import_module("moe_lens.audit.census")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_lens.model import expert_matmul as module
 from moe_lens.model.expert_matmul import SlotOrder, expert_matmul
 
 N_EXPERTS, D_IN, D_OUT = 6, 16, 24
@@ -113,18 +117,136 @@ def test_odd_slices_fall_back() -> None:
     )
 
 
-def test_float64_goes_through_the_loop() -> None:
-    x, weight, slots, experts = drawn("all experts", torch.float64)
-    torch.testing.assert_close(expert_matmul(x, weight, slots.ends), per_slot(x, weight, experts))
+@pytest.mark.parametrize("choice", CHOICES)
+def test_float64_goes_through_the_loop(choice: str) -> None:
+    x, weight, slots, experts = drawn(choice, torch.float64)
+    out, expected = expert_matmul(x, weight, slots.ends), per_slot(x, weight, experts)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for actual, wanted in zip(
+        torch.autograd.grad(out, (x, weight), upstream),
+        torch.autograd.grad(expected, (x, weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted)
+    with pytest.raises(ValueError, match=r"in torch\.float64 on cpu"):
+        expert_matmul(x, weight, slots.ends, backend="grouped")
+
+
+# Ways for an operand to lie otherwise than row after row, and for which operands torch's kernel takes them.
+VIEWS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "transposed": ("weight", lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)),
+    "half of wider rows": ("x weight", lambda t: torch.cat((t, t), dim=-1).chunk(2, dim=-1)[1]),
+    "odd rows": ("", lambda t: F.pad(t, (0, 1))[..., :-1]),
+    "every second column": ("", lambda t: t.repeat_interleave(2, dim=-1)[..., ::2]),
+    "one row for all": ("", lambda t: t[..., :1, :].expand(t.shape)),
+    "one column for all": ("", lambda t: t[..., :1].expand(t.shape)),
+}
+
+
+@pytest.mark.parametrize("operand", ["x", "weight"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view: str, operand: str) -> None:
+    """However an operand lies, forward and backward are right, and the kernel is asked where it can."""
+    x, weight, slots, experts = drawn("empty experts", torch.float32)
+    takes, look = VIEWS[view]
+    viewed: dict[str, Any] = {"x": x, "weight": weight}
+    viewed[operand] = look(viewed[operand])
+    out = expert_matmul(**viewed, ends=slots.ends)
+    expected = per_slot(viewed["x"], viewed["weight"], experts)
+    assert_near(out, expected, torch.float32)
+    for actual, wanted in zip(
+        torch.autograd.grad(out.sum(), (x, weight)),
+        torch.autograd.grad(expected.sum(), (x, weight)),
+        strict=True,
+    ):
+        assert_near(actual, wanted.double(), torch.float32)
+    if operand in takes.split():
+        assert_near(expert_matmul(**viewed, ends=slots.ends, backend="grouped"), expected, torch.float32)
+    else:
+        with pytest.raises(ValueError, match="whole multiples of 16 bytes"):
+            expert_matmul(**viewed, ends=slots.ends, backend="grouped")
+
+
+def test_experts_an_odd_way_apart() -> None:
+    """Rows are aligned within an expert's matrix, and the next expert's begin at an odd place."""
+    x, weight, slots, experts = drawn("all experts", torch.bfloat16)
+    storage = torch.randn(N_EXPERTS, D_IN * D_OUT + 1).bfloat16()
+    weight = storage[:, :-1].view(N_EXPERTS, D_IN, D_OUT)
+    assert_near(expert_matmul(x, weight, slots.ends), per_slot(x, weight, experts), torch.bfloat16)
+    with pytest.raises(ValueError, match="whole multiples of 16 bytes"):
+        expert_matmul(x, weight, slots.ends, backend="grouped")
 
 
 @pytest.mark.parametrize("backend", ["auto", "loop"])
-def test_no_slots(backend: str) -> None:
+def test_no_slots(backend: Any) -> None:
+    """Nothing comes out, and a backward pass gives zeros."""
     slots = SlotOrder.of(torch.zeros(1, 0, 2, dtype=torch.long), N_EXPERTS)
-    weight = torch.randn(N_EXPERTS, D_IN, D_OUT)
-    out = expert_matmul(torch.zeros(0, D_IN), weight, slots.ends, backend=backend)  # type: ignore[arg-type]
+    weight = torch.randn(N_EXPERTS, D_IN, D_OUT, requires_grad=True)
+    out = expert_matmul(torch.zeros(0, D_IN), weight, slots.ends, backend=backend)
     assert out.shape == (0, D_OUT)
     assert slots.restore(out).shape == (1, 0, 2, D_OUT)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert (weight.grad == 0).all()
+
+
+class OnCuda:
+    """What is asked of an operand, as a CUDA device's would answer."""
+
+    def __init__(self, tensor: Tensor):
+        self.device = torch.device("cuda", 0)
+        self.dtype, self.shape, self.stride = tensor.dtype, tensor.shape, tensor.stride
+        self.element_size, self.data_ptr = tensor.element_size, tensor.data_ptr
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "takes"),
+    [
+        ((7, 5), torch.bfloat16, False),
+        ((7, 5), torch.float32, False),
+        ((8, 0), torch.bfloat16, True),
+        ((8, 6), torch.float16, True),
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, True),
+        ((9, 0), torch.float64, False),
+        ((10, 0), torch.bfloat16, True),
+    ],
+)
+def test_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, takes: bool
+) -> None:
+    """The kernel is asked on devices that have it: compute capability 8.0 and above."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    module._has_kernel.cache_clear()
+    try:
+        assert module._kernel_takes(OnCuda(torch.zeros(4, 16, dtype=dtype))) == takes  # type: ignore[arg-type]
+        assert not module._kernel_takes(OnCuda(torch.zeros(4, 5, dtype=dtype)))  # type: ignore[arg-type]
+    finally:
+        module._has_kernel.cache_clear()
+
+
+def test_other_devices_have_the_loop() -> None:
+    assert module._has_kernel(torch.device("cpu"))
+    assert not any(module._has_kernel(torch.device(other)) for other in ("mps", "xpu", "meta"))
+
+
+def test_a_torch_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "grouped_mm")
+    x, weight, slots, experts = drawn("all experts", torch.float32)
+    assert_near(expert_matmul(x, weight, slots.ends), per_slot(x, weight, experts), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float64], ids=str)
+def test_auto_takes_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    asked = []
+    kernel = F.grouped_mm
+    monkeypatch.setattr(
+        F, "grouped_mm", lambda *args, **kwargs: asked.append(args) or kernel(*args, **kwargs)
+    )
+    x, weight, slots, _ = drawn("all experts", dtype)
+    expert_matmul(x, weight, slots.ends)
+    assert len(asked) == (dtype != torch.float64)
 
 
 def test_unknown_backend() -> None:

@@ -32,7 +32,7 @@ from moe_lens.audit.census_document import (
     Settings,
     rows_of,
 )
-from moe_lens.audit.census_plan import CensusPlan, Documents
+from moe_lens.audit.census_plan import CensusPlan, Documents, runs_of
 from moe_lens.audit.census_rows import dtypes_with
 from moe_lens.audit.census_table import Census, CensusWriter
 from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
@@ -45,12 +45,17 @@ from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
 from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.out_of_memory import said_what_would_help
+from moe_lens.ranks import ALONE, Ranks
 from moe_lens.routing.arguments import natural_number, positive_integer
 from moe_lens.routing.contributions import Batches, corpus_of
 from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.runs import Corpus, Mask
 
 __all__ = ["Census", "LogitDifference", "census"]
+
+_RUNS_PER_RANK = 8
+"""Of documents that a rank takes at a time: some ranks are faster than others."""
 
 
 def census(
@@ -72,6 +77,7 @@ def census(
     noise_samples: int = 32,
     save_every: float = 30.0,
     batch_size: int = 8,
+    ranks: Ranks = ALONE,
     verbose: bool = False,
 ) -> Census:
     """Change every active expert at every token, one at a time, and record what becomes of the loss.
@@ -104,23 +110,32 @@ def census(
             and gives the same numbers.
         memory_budget: bytes for the branches at work. It divides the work, and so the rounding: a run is gone on with
             under the same budget only. The number of torch's threads divides it too and is not checked: with another
-            one, a resumed run may differ in the last bits.
+            one, a resumed run may differ in the last bits. So may one in which memory ran out, where fewer branches
+            are then at work at once; that is said in the log (`moe_lens.out_of_memory`).
         noise_samples: in half precision, how many ablations are repeated by hooked full forward passes and in float32
             to measure the noise floor that is stored; 0 leaves it out.
         save_every: seconds between shards.
         batch_size: rows of tokens given as one tensor, at a time; it changes no number.
+        ranks: processes that do this together, each with its own model, and the same arguments otherwise; see
+            `moe_lens.ranks`. Each takes documents that are not done yet, and writes its own shards to `output`.
         verbose: print the plan, show progress.
 
     Returns:
         The table; `facts` holds the noise floor. In half precision changes are counted from a null branch, which runs
-        the same path and changes nothing, and its own change is the column `null_delta_loss`.
+        the same path and changes nothing, and its own change is the column `null_delta_loss`. All ranks get
+        the same table.
 
     Raises:
-        ValueError: what makes no sense, before anything runs; a folder of another run; a model with hooks.
-        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with.
+        ValueError: what makes no sense, before anything runs; a folder of another run; a model with hooks; ranks that
+            see different runs.
+        RankLost: another rank has ended.
+        NotEnoughMemory: there is no room for the float32 copy that the noise floor is measured with; or, on the way,
+            not even for the smallest piece of work. Documents that are done are kept.
         FloatingPointError: a NaN or an infinity on the way, with its document, position, layer and expert.
     """
     require_no_hooks(model)
+    if ranks.n > 1 and output is None:
+        raise ValueError(f"{ranks.n} ranks need an output: a folder in which each writes its part")
     settings = _settings(
         model, layers, how, scope, reference, seed, shared, outcome, predictors, memory_budget
     )
@@ -131,13 +146,17 @@ def census(
     documents = Documents.of(model, corpus)
     positions = documents.sampled(n, seed)
     settings.change.check_model(model, settings.layers)
-    if settings.null_branch and noise_samples:
+    if settings.null_branch and noise_samples and ranks.first:
         require_room_for_float32(model)
     plan = CensusPlan.of(model, documents, positions, settings, noise_samples)
+    verbose = verbose and ranks.first
     if verbose:
         print(plan.describe(corpus.description))
     identity = _identity(model, settings, corpus, documents, n, seed, noise_samples)
     extra = settings.columns
+    ranks.agree(identity)
+    if output is not None:
+        ranks.require_shared(Path(output).absolute().parent)
     started = time.monotonic()
     with CensusWriter(
         output,
@@ -145,20 +164,34 @@ def census(
         extra=extra,
         may_be_nan=["delta_later_loss"] if "delta_later_loss" in extra else [],
         save_every=save_every,
+        ranks=ranks,
     ) as writer:
-        n_done = writer.n_documents_done
+        due = writer.missing(len(documents))
+        n_left, made = sum(plan.ablations[number] for number in due), ranks.counter()
+        if verbose and ranks.n > 1:
+            print(f"{ranks.n} processes; {len(due):,} of {len(documents):,} documents are to be done")
         progress = tqdm(
             total=sum(plan.ablations),
-            initial=sum(plan.ablations[:n_done]),
+            initial=sum(plan.ablations) - n_left,
             unit=" ablations",
             unit_scale=True,
             disable=not verbose,
         )
+        n_before = progress.n
         with progress:
-            for number in range(n_done, len(documents)):
-                writer.add_document(number, _document(model, documents, number, positions[number], settings))
-                progress.update(plan.ablations[number])
-        noise = _noise(model, documents, positions, settings, noise_samples, seed, writer.finished)
+
+            def show(more: int = 0) -> None:
+                progress.update(n_before + made(more) - progress.n)
+
+            for run in ranks.taking(runs_of(due, plan.ablations, _RUNS_PER_RANK * ranks.n)):
+                for number in run:
+                    writer.add_document(
+                        number, _document(model, documents, number, positions[number], settings)
+                    )
+                    show(plan.ablations[number])
+            writer.together(meanwhile=show)
+        done = writer.finished or not ranks.first  # the first rank measures the noise floor for all
+        noise = _noise(model, documents, positions, settings, noise_samples, seed, done, verbose)
         return writer.finish(
             {
                 "noise_floor": None if noise is None else asdict(noise),
@@ -198,7 +231,7 @@ def _settings(
         if name not in PREDICTORS:
             raise ValueError(f"predictor {name!r} must be one of {', '.join(map(repr, PREDICTORS))}")
     if "first_order" in chosen:
-        require_gradients()
+        require_gradients(model)
     change = Change(how, reference, natural_number(seed, "seed"))
     if shared:
         check_shared(model, change)
@@ -282,7 +315,8 @@ def _document(
         }
     tokens, real = documents.rows[number]
     try:
-        clean = CleanRun.of(model, tokens, real)
+        with said_what_would_help(documents.name(number), "shorter documents (max_length)"):
+            clean = CleanRun.of(model, tokens, real)
         return rows_of(clean, places.to(clean.tokens.device), settings)
     except (FloatingPointError, ValueError) as error:
         raise type(error)(f"{documents.name(number)}: {error}") from error
@@ -296,6 +330,7 @@ def _noise(
     noise_samples: int,
     seed: int,
     finished: bool,
+    verbose: bool,
 ) -> NoiseFloor | None:
     if finished or not settings.null_branch or noise_samples == 0:
         return None
@@ -306,4 +341,5 @@ def _noise(
         n_samples=noise_samples,
         seed=seed,
         memory_budget=settings.memory_budget,
+        verbose=verbose,
     )

@@ -184,7 +184,7 @@ class CensusPlan:
             f"{sum(self.ablations):,} predictions over {cfg.d_vocab:,} tokens; about "
             + (f"{self.flops / 1e12:,.1f} TFLOP" if self.flops > 1e12 else f"{self.flops / 1e9:,.1f} GFLOP"),
             f"memory: branches take up to {settings.memory_budget / 2**30:,.2f} GiB, "
-            f"{branch_bytes(self.model, min(cfg.n_ctx, 512)) / 2**10:,.0f} KiB each at 512 tokens",
+            f"{branch_bytes(self.model, 0) / 2**10:,.0f} KiB each",
         ]
         if settings.scope == "sequence":
             lines.append(
@@ -210,3 +210,19 @@ class CensusPlan:
         )
         predictions = sum(self.ablations) * cfg.d_model * cfg.d_vocab
         return 2.0 * (self.layer_tokens * (experts + rest) + predictions)
+
+
+def runs_of(numbers: Sequence[int], ablations: Sequence[int], n: int) -> list[list[int]]:
+    """Documents in at most `n` runs of about as many ablations each.
+
+    Args:
+        numbers: of the documents, ascending.
+        ablations: of each document of the corpus.
+    """
+    work = [max(ablations[number], 1) for number in numbers]
+    total, before = sum(work), 0
+    runs: dict[int, list[int]] = {}
+    for number, its in zip(numbers, work, strict=True):
+        runs.setdefault((2 * before + its) * n // (2 * total), []).append(number)
+        before += its
+    return list(runs.values())

@@ -1,7 +1,8 @@
 """Shards of a census: the rows of a run of documents, in memory or in a Parquet file, each there whole or not at all.
 
-A folder holds `rows-<first document>-<one past the last>.parquet` files, whose documents follow one another, and
-`_census.json`, which says of which run they are, and at the end what came of it. Every shard says of which run it is
+A folder holds `rows-<first document>-<one past the last>.parquet` files, whose documents follow one another once the
+census is finished, and until then may leave gaps for what other processes do; and `_census.json`, which says of which
+run they are, and at the end what came of it. Every shard says of which run it is
 too, so that none of another slips in. Within a shard the rows are by layer, so that a layer can be read alone; within
 a layer they are in the order of the table. Readers of Parquet folders skip names that begin with `_` or `.`, so they
 can read a finished census too.
@@ -10,10 +11,7 @@ can read a finished census too.
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,20 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moe_lens.audit.census_rows import Columns, dtypes_with
-from moe_lens.routing.storage import whole_or_not
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing there keeps a second writer out
-    fcntl = None
+from moe_lens.routing.folder_lock import LOCK
+from moe_lens.routing.storage import sync_folder, whole_or_not
 
 FORMAT = 1
 HEADER = "_census.json"
-_LOCK = ".lock"
 _SHARD = re.compile(r"rows-(\d{8,})-(\d{8,})\.parquet")
 _UNFINISHED = re.compile(rf"\.({_SHARD.pattern}|{re.escape(HEADER)})\.unfinished")
 _METADATA = b"moe_lens_census"
 _ROWS_PER_GROUP = 2**16
+_REMEDY = "delete it and the shards after it, and the run that left them does their documents again"
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Shard:
     def written(self, folder: Path, identity: Mapping[str, Any]) -> Shard:
         """This shard in a file of the folder, under its name only once it is whole and on the disk."""
         assert not isinstance(self.source, Path)
-        path = folder / f"rows-{self.first:08d}-{self.end:08d}.parquet"
+        path = shard_path(folder, self.first, self.end)
         dtypes = {name: values.dtype for name, values in self.source.items()}
         facts = {
             "format": FORMAT, "identity": identity,
@@ -127,8 +121,13 @@ class Shard:
         ):
             file.write_table(rows, row_group_size=_ROWS_PER_GROUP)
             file.add_key_value_metadata({_METADATA: json.dumps(facts)})
-        _sync_folder(folder)
+        sync_folder(folder)
         return Shard(self.first, self.end, self.rows, path)
+
+
+def shard_path(folder: Path, first: int, end: int) -> Path:
+    """The file of the documents `first` to `end` (one past the last)."""
+    return folder / f"rows-{first:08d}-{end:08d}.parquet"
 
 
 def _schema(dtypes: Mapping[str, np.dtype]) -> pa.Schema:
@@ -145,7 +144,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"the shard {str(path)!r} is gone") from None
     except Exception as error:
-        raise ValueError(f"the shard {str(path)!r} is damaged: {error!r}") from error
+        raise ValueError(f"the shard {str(path)!r} is damaged: {error!r}; {_REMEDY}") from error
 
 
 # ---- folders of shards ----
@@ -166,10 +165,10 @@ def json_data(what: str, data: Mapping[str, Any], *, nan: bool = True) -> dict[s
 
 
 def shards_in(folder: Path, identity: Mapping[str, Any]) -> list[Shard]:
-    """The shards of a folder, in the order of their documents.
+    """The shards of a folder, in the order of their documents; some may be missing between them.
 
     Raises:
-        ValueError: one is damaged, or of another run, or its documents do not follow those of the one before.
+        ValueError: one is damaged, or of another run, or has documents of the one before.
     """
     ranges = []
     for path in folder.glob("rows-*"):
@@ -179,13 +178,25 @@ def shards_in(folder: Path, identity: Mapping[str, Any]) -> list[Shard]:
         ranges.append((int(match[1]), int(match[2]), path))
     shards, next_document = [], 0
     for first, end, path in sorted(ranges):
-        if first > next_document:
-            raise ValueError(f"the documents {next_document} to {first - 1} are missing before {str(path)!r}")
         if first < next_document:
             raise ValueError(f"{str(path)!r} has documents of {str(shards[-1].source)!r} once more")
         shards.append(_opened(path, first, end, identity))
         next_document = end
     return shards
+
+
+def require_no_gap(shards: Sequence[Shard], where: str) -> None:
+    """Raises:
+    ValueError: documents are missing between shards, or before the first.
+    """
+    next_document = 0
+    for shard in shards:
+        if shard.first > next_document:
+            raise ValueError(
+                f"the documents {next_document} to {shard.first - 1} are missing in {where}, and those after them are "
+                f"there"
+            )
+        next_document = shard.end
 
 
 def _opened(path: Path, first: int, end: int, identity: Mapping[str, Any]) -> Shard:
@@ -228,7 +239,7 @@ def write_header(
         header |= {"facts": facts, "shards": sums_of(shards)}
     with whole_or_not(folder / HEADER) as unfinished:
         unfinished.write_text(json.dumps(header, indent=1) + "\n")
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -250,7 +261,9 @@ def read_header(folder: Path) -> dict[str, Any]:
         if header["finished"]:
             dict(header["facts"], **header["shards"])
     except Exception as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error!r}") from error
+        raise ValueError(
+            f"{str(path)!r} is damaged: {error!r}; delete it, and the run that left it writes it again"
+        ) from error
     return header
 
 
@@ -267,17 +280,36 @@ def sums_of(shards: Sequence[Shard]) -> dict[str, list[int]]:
     return sums
 
 
+def require_readable(shards: Sequence[Shard]) -> None:
+    """Read all numbers of some shards, as they are held against the checksums of their pages.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    for shard in shards:
+        assert isinstance(shard.source, Path)
+        with _reading(shard.source), pq.ParquetFile(shard.source, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                file.read_row_group(group)
+
+
 def require_sums(folder: Path, shards: Sequence[Shard], expected: Mapping[str, Sequence[int]]) -> None:
     """Raises:
     ValueError: the shards are not those that were there when the census was finished.
     """
     names = {shard.source.name for shard in shards if isinstance(shard.source, Path)}
     for name in sorted(names ^ expected.keys()):
-        problem = "is missing" if name in expected else "came after the census was finished"
+        problem = (
+            f"is missing; delete {HEADER}, and the run that left it does what is missing again"
+            if name in expected
+            else "came after the census was finished"
+        )
         raise ValueError(f"the shard {str(folder / name)!r} {problem}")
     for name, found in sums_of(shards).items():
         if found != list(expected[name]):
-            raise ValueError(f"the shard {str(folder / name)!r} is damaged: it is not as it was written")
+            raise ValueError(
+                f"the shard {str(folder / name)!r} is damaged: it is not as it was written; {_REMEDY}"
+            )
 
 
 def require_no_foreign_files(folder: Path) -> None:
@@ -285,9 +317,7 @@ def require_no_foreign_files(folder: Path) -> None:
     ValueError: something is in the folder that belongs to no census.
     """
     for path in sorted(folder.iterdir()):
-        known = (
-            path.name in (HEADER, _LOCK) or _SHARD.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)
-        )
+        known = path.name in (HEADER, LOCK) or _SHARD.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name)
         if not known or not path.is_file():
             raise ValueError(
                 f"{str(folder)!r} holds {path.name!r}, which is of no census; name a folder that is new or empty"
@@ -299,69 +329,3 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk when its folder is."""
-    if os.name != "posix":
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-class FolderInUse(RuntimeError):
-    """Another writer is at work in a folder."""
-
-
-class FolderLock:
-    """Keeps a second writer out of a folder. The system lets go of it when its process ends, however that ends.
-
-    Raises:
-        FolderInUse: another writer is at work there.
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / _LOCK
-        while True:
-            self._file = open(self.path, "a+")  # noqa: SIM115
-            try:
-                if fcntl is not None:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self._file.fileno()).st_ino == self.path.stat().st_ino:
-                    break
-                self._file.close()  # whoever had it has just let go, and taken the name away
-            except FileNotFoundError:
-                self._file.close()
-            except BlockingIOError:
-                self._file.seek(0)
-                holder = self._file.read().strip() or "another process"
-                self._file.close()
-                mine = holder == _this_process()
-                raise FolderInUse(
-                    f"the census {str(folder)!r} is being written by {holder}"
-                    + (", this one: close() that writer" if mine else "; two writers would mix their rows")
-                ) from None
-            except OSError as error:
-                warnings.warn(
-                    f"{str(folder)!r} is on a file system without locks ({error}): a second writer there would not "
-                    f"be noticed",
-                    stacklevel=4,
-                )
-                break
-        self._file.truncate(0)
-        self._file.write(_this_process())
-        self._file.flush()
-
-    def release(self) -> None:
-        if self._file.closed:
-            return
-        # Processes that were forked meanwhile keep the file, but not its name.
-        self.path.unlink(missing_ok=True)
-        self._file.close()
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -1,7 +1,8 @@
 """A census's table: one row for every document, position, layer and active expert; written as it comes, read in parts.
 
-`CensusWriter` takes documents in order and writes them in shards. It can be killed at any time, and goes on after the
-last document that is on the disk; the table does not depend on where it was cut. `Census` is what has been written.
+`CensusWriter` takes documents and writes them in shards. It can be killed at any time, and goes on with the documents
+that are not on the disk; the table does not depend on where it was cut, nor on how many processes wrote it. `Census` is
+what has been written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,20 +22,24 @@ from torch import Tensor
 from moe_lens.audit.census_rows import COLUMNS, Columns, dtypes_with, rows_of_document, those_there
 from moe_lens.audit.census_shards import (
     HEADER,
-    FolderLock,
     Shard,
     difference_of,
     json_data,
     read_header,
     remove_unfinished,
     require_no_foreign_files,
+    require_no_gap,
+    require_readable,
     require_sums,
+    shard_path,
     shards_in,
     write_header,
 )
 from moe_lens.audit.census_summary import SUMMARISED, summary
 from moe_lens.interventions.arguments import Layers
+from moe_lens.ranks import ALONE, Ranks, became_visible
 from moe_lens.routing.arguments import layers_said, positive_integer
+from moe_lens.routing.folder_lock import FolderLock
 
 __all__ = ["COLUMNS", "Census", "CensusWriter"]
 
@@ -53,6 +58,8 @@ class CensusWriter:
         may_be_nan: columns of floating-point numbers in which NaN stands for "there is none".
         rows_per_shard: a shard is written when it has so many rows, after a whole document.
         save_every: and when so many seconds have passed since the last.
+        ranks: that write in one folder, each with a writer of its own, and documents in any order: see
+            `moe_lens.ranks`. The folder is held by rank 0, which finishes the census.
 
     Attributes:
         finished: whether the folder holds a finished census, to which nothing has been added.
@@ -72,6 +79,7 @@ class CensusWriter:
         may_be_nan: Sequence[str] = (),
         rows_per_shard: int = 2**20,
         save_every: float = 30.0,
+        ranks: Ranks = ALONE,
     ):
         self.dtypes = dtypes_with(extra)
         those_there(may_be_nan, [n for n, dtype in self.dtypes.items() if dtype.kind == "f"], "float column")
@@ -88,7 +96,8 @@ class CensusWriter:
         self._n_pending_rows = 0
         self._lock: FolderLock | None = None
         self._closed = False
-        if self.folder is not None:
+        self._ranks = ranks
+        if self.folder is not None and ranks.first:
             self._open(self.folder)
         self._written_at = time.monotonic()
 
@@ -112,10 +121,14 @@ class CensusWriter:
                 self._shards = shards_in(folder, self.identity)
                 self.finished = header["finished"]
                 if self.finished:
+                    require_no_gap(self._shards, repr(str(folder)))
                     require_sums(folder, self._shards, header["shards"])
             else:
                 self._shards = shards_in(folder, self.identity)
                 write_header(folder, self.identity)
+            if not self.finished:
+                # What is found at the end is called whole, so that it must be whole now.
+                require_readable(self._shards)
             remove_unfinished(folder)
         except BaseException:
             self._lock.release()
@@ -128,28 +141,57 @@ class CensusWriter:
         self.close()
 
     @property
-    def _n_written(self) -> int:
-        return self._shards[-1].end if self._shards else 0
+    def n_documents_done(self) -> int:
+        """How many documents have been added, here or by the run that this one goes on with."""
+        return sum(end - first for first, end in self._done())
 
     @property
-    def n_documents_done(self) -> int:
-        """How many documents have been added, here or by the run that this one goes on with: the number of the next."""
-        return self._pending[-1][0] + 1 if self._pending else self._n_written
+    def next_document(self) -> int:
+        """The number of the first that is not there."""
+        first, end = next(iter(self._done()), (0, 0))
+        return end if first == 0 else 0
+
+    def missing(self, n_documents: int) -> list[int]:
+        """Which of so many documents are not there, to no rank's knowledge; every rank must ask."""
+        gaps, document = [], 0
+        for first, end in [*self._done(), (n_documents, n_documents)]:
+            gaps += range(document, min(first, n_documents))
+            document = end
+        return self._ranks.of_first(gaps)
+
+    def _done(self) -> list[tuple[int, int]]:
+        """Runs of documents that are there, from the first to one past the last; none meets another."""
+        runs = [(shard.first, shard.end) for shard in self._shards]
+        if self._pending:
+            runs.append((self._pending[0][0], self._pending[-1][0] + 1))
+        joined: list[tuple[int, int]] = []
+        for first, end in sorted(runs):
+            if joined and first <= joined[-1][1]:
+                joined[-1] = joined[-1][0], max(end, joined[-1][1])
+            else:
+                joined.append((first, end))
+        return joined
 
     def add_document(self, document: int, columns: Mapping[str, np.ndarray | Tensor]) -> None:
-        """All rows of the next document, in any order; a document may have none.
+        """All rows of a document, in any order; a document may have none.
 
         Args:
-            document: its number, `n_documents_done`.
+            document: its number: `next_document`, or among several ranks any that is not there.
             columns: `[row]`, all columns but `document`.
 
         Raises:
             ValueError: another document is due, or its rows are not what they must be; nothing of it is kept then.
         """
         self._require_open()
-        if operator.index(document) != self.n_documents_done:
-            raise ValueError(f"document {document} was given, and {self.n_documents_done} is the next")
+        document = operator.index(document)
+        if self._ranks.n > 1 and document >= 0:
+            if any(first <= document < end for first, end in self._done()):
+                raise ValueError(f"document {document} was given, and it is there already")
+        elif document != self.next_document:
+            raise ValueError(f"document {document} was given, and {self.next_document} is the next")
         rows = rows_of_document(document, columns, self.dtypes, self.may_be_nan)
+        if self._pending and document != self._pending[-1][0] + 1:
+            self.flush()  # a shard's documents follow one another
         self._pending.append((document, rows))
         self._n_pending_rows += len(rows["layer"])
         late = self.folder is not None and time.monotonic() - self._written_at >= self.save_every
@@ -160,9 +202,9 @@ class CensusWriter:
         """Write what came since the last shard as one more."""
         self._require_open()
         # An interrupt may have come between a shard and this list's being emptied.
-        pending = [rows for document, rows in self._pending if document >= self._n_written]
-        if pending:
-            first = self._n_written
+        first = self._pending[0][0] if self._pending else 0
+        if self._pending and not any(shard.first <= first < shard.end for shard in self._shards):
+            pending = [rows for _, rows in self._pending]
             shard = Shard.of(first, first + len(pending), pending, self.dtypes)
             if self.folder is not None:
                 if self.finished:
@@ -170,32 +212,55 @@ class CensusWriter:
                 shard = shard.written(self.folder, self.identity)
             self.finished = False
             self._shards.append(shard)
+            self._shards.sort(key=lambda shard: shard.first)
         self._pending, self._n_pending_rows = [], 0
         self._written_at = time.monotonic()
 
+    def together(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Write what is left, and wait until all ranks have; this writer then takes note of what they wrote.
+
+        Args:
+            meanwhile: is called every so often.
+        """
+        self.flush()
+        if self._ranks.n == 1 or self.folder is None:
+            return
+        written = self._ranks.gathered(
+            [[shard.first, shard.end] for shard in self._shards], meanwhile=meanwhile
+        )
+        for first, end in (run for runs in written for run in runs):
+            became_visible(shard_path(self.folder, first, end))
+        self._shards = shards_in(self.folder, self.identity)
+
     def finish(self, facts: Mapping[str, Any]) -> Census:
-        """Write what is left and say that this was all.
+        """Write what is left and say that this was all: at every rank, after `together`, and with what rank 0 says.
 
         Args:
             facts: JSON data that is known at the end: noise floor, seconds, versions. A census that was finished
                 before, and to which nothing was added, keeps those that it has.
 
         Raises:
-            ValueError: they are no JSON data, or have a name that the identity has.
+            ValueError: they are no JSON data, or have a name that the identity has; documents are missing.
         """
         facts = json_data("facts", facts)
         twice = facts.keys() & self.identity.keys()
         if twice:
             raise ValueError(f"facts[{min(twice)!r}] is in the identity already")
         self.flush()
+        require_no_gap(self._shards, "the census" if self.folder is None else repr(str(self.folder)))
         if self.folder is None:
             self._closed = True
             return Census(self.identity, facts, self._shards)
+        if not self._ranks.first:
+            self.close()
+            return Census(self.identity, self._ranks.of_first(None), self._shards, folder=self.folder)
         if not self.finished:
             write_header(self.folder, self.identity, facts, self._shards)
             self.finished = True
         self.close()
-        return Census.load(self.folder)
+        census = Census.load(self.folder)
+        self._ranks.of_first(census.facts)
+        return census
 
     def close(self) -> None:
         """Write what came so far, unfinished as it is, and let go of the folder."""
@@ -246,7 +311,7 @@ class Census:
         self._dtypes = dtypes_with(self.identity["extra_columns"])
         self.columns = tuple(self._dtypes)
         self.layers = tuple(sorted({layer for shard in shards for layer in shard.rows}))
-        self.n_documents = shards[-1].end if shards else 0
+        self.n_documents = _n_documents(shards)
 
     @classmethod
     def load(cls, folder: str | Path, *, allow_unfinished: bool = False) -> Census:
@@ -263,12 +328,12 @@ class Census:
         header = read_header(folder)
         shards = shards_in(folder, header["identity"])
         if header["finished"]:
+            require_no_gap(shards, repr(str(folder)))
             require_sums(folder, shards, header["shards"])
         elif not allow_unfinished:
-            n_documents = shards[-1].end if shards else 0
             raise ValueError(
-                f"the census {str(folder)!r} is not finished: it has {n_documents} documents so far; go on with its "
-                f"run, or load it with allow_unfinished=True"
+                f"the census {str(folder)!r} is not finished: it has {_n_documents(shards)} documents so far; go "
+                f"on with its run, or load it with allow_unfinished=True"
             )
         return cls(
             header["identity"], header.get("facts", {}), shards, finished=header["finished"], folder=folder
@@ -410,6 +475,10 @@ class Census:
     def _summary(self, by_rank: bool) -> pd.DataFrame:
         of_layers = ((layer, self._arrays(SUMMARISED, [layer])) for layer in self.layers)
         return summary(of_layers, by_rank=by_rank)
+
+
+def _n_documents(shards: Sequence[Shard]) -> int:
+    return sum(shard.end - shard.first for shard in shards)
 
 
 def _frame(arrays: Columns, n_rows: int) -> pd.DataFrame:

@@ -47,7 +47,7 @@ def read_frame(path: str | Path, kind: str) -> tuple[pd.DataFrame, dict[str, Any
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name} is no file of {_named(kind)}: {error!r}") from error
+        raise ValueError(f"{path} is no file of {_named(kind)}: {error!r}") from error
     found = (table.schema.metadata or {}).get(_key(kind))
     facts = {} if found is None else json.loads(found)
     if facts.get("format") != _FORMAT:

@@ -133,6 +133,7 @@ def audit_model(
             compare=asked.compare,
             smallest_effect=asked.smallest_effect,
             alpha=asked.alpha,
+            verbose=verbose,
         )
         for one in measured
         for table in tables

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_lens.interventions.branches import single_slots
 from moe_lens.interventions.clean_run import CleanRun
@@ -95,6 +96,7 @@ def noise_floor(
     n_samples: int,
     seed: int = 0,
     memory_budget: int = 2**30,
+    verbose: bool = False,
 ) -> NoiseFloor:
     """Measure it on a sample of single-expert ablations, spread over documents, positions, layers and slots.
 
@@ -105,6 +107,7 @@ def noise_floor(
         n_samples: ablations; each is one hooked full forward pass.
         seed: of the draw.
         memory_budget: bytes for the replays.
+        verbose: show a progress bar.
 
     Raises:
         ValueError: no documents.
@@ -123,11 +126,13 @@ def noise_floor(
     exact = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).float()
     found: list[tuple[float, float, float, float, float]] = []
     n_routed_otherwise = 0
+    progress = tqdm(total=n_samples, desc="noise floor", unit=" ablations", disable=not verbose)
     for number, samples in of_document.items():
         (tokens, mask), _ = documents[number]
         runs = [CleanRun.of(of, tokens, mask) for of in (model, exact)]
         full_loss = _full_loss(model, tokens, mask)
         for place, layer, slot in samples:
+            progress.update()
             row = torch.tensor([place], device=runs[0].tokens.device)
             # Routing may differ between the dtypes where experts are nearly tied: the expert is what is compared.
             expert = int(runs[0].moe(layer).indices[place, slot])
@@ -162,6 +167,7 @@ def noise_floor(
                     abs(null - clean),
                 )
             )
+    progress.close()
     medians = np.median(np.array(found), axis=0).tolist() if found else [float("nan")] * 5
     effect, error, without_null, hooked_error, null_error = medians
     return NoiseFloor(len(found), n_routed_otherwise, effect, error, without_null, hooked_error, null_error)

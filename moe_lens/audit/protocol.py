@@ -71,6 +71,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from tqdm import tqdm
 
 from moe_lens.audit.audit_result import Audit
 from moe_lens.audit.census_table import COLUMNS, Census
@@ -116,6 +117,7 @@ def audit(
     compare: int = 1,
     smallest_effect: float = SMALLEST_EFFECT,
     alpha: float = 0.05,
+    verbose: bool = False,
 ) -> Audit:
     """Test every metric at every layer, and the controls. See the module for what comes out.
 
@@ -135,6 +137,7 @@ def audit(
             alone.
         smallest_effect: Cohen's d below which a metric is `equivalent` to none.
         alpha: of verdicts, intervals and detectable effects.
+        verbose: show a progress bar.
 
     Raises:
         ValueError: census and metrics of other weights, or metrics of a model that hooks edited; layers, metrics or
@@ -156,7 +159,8 @@ def audit(
     )
     if not asked.metrics and not asked.controls:
         raise ValueError("there is neither a metric nor a control to audit")
-    cells = [cell for layer in asked.layers for cell in _of_layer(census, metric_table, layer, asked)]
+    layers_shown = tqdm(asked.layers, desc="tests", unit="layer", disable=not verbose)
+    cells = [cell for layer in layers_shown for cell in _of_layer(census, metric_table, layer, asked)]
     of = {name: str(census.provenance.get(name, "unknown")) for name in ("model", "scope", "how")}
     released = None if metric_table is None else metric_table.provenance.get("as_released")
     return Audit(

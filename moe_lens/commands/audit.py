@@ -130,9 +130,9 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from moe_lens.audit.audit_tables import AuditTables
-    from moe_lens.audit.census_shards import FolderInUse
     from moe_lens.audit_page import audit_text, write_audit_page
     from moe_lens.corpus_presets import corpus_kind
+    from moe_lens.routing.folder_lock import FolderInUse
 
     options.corpus_given = options.corpus is not None
     options.corpus = options.corpus if options.corpus_given else DEFAULT_CORPUS

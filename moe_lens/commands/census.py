@@ -15,6 +15,7 @@ from moe_lens.commands.options import (
     corpus_of,
     model_of,
 )
+from moe_lens.ranks import Ranks, became_visible, joined
 
 _NEED_REFERENCE = ("mean", "resample")
 _BATCH_SIZE = 8  # of the reference's documents; the census takes one at a time
@@ -94,14 +95,20 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    with joined() as ranks:
+        return _run(options, ranks)
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     from moe_lens.audit.census import census
-    from moe_lens.audit.census_shards import FolderInUse
     from moe_lens.audit.noise import NoiseFloor
     from moe_lens.census_page import largest_changes, write_census_page
+    from moe_lens.routing.folder_lock import FolderInUse
+    from moe_lens.routing.storage import whole_or_not
 
     check_corpus_and_output(options)
     _check_reference(options)
-    model = model_of(options)
+    model = model_of(options, ranks)
     corpus = corpus_of(model, options, _BATCH_SIZE)
     options.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -111,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
             layers=options.layers,
             how=options.how,
             scope=options.scope,
-            reference=_reference(model, corpus, options),
+            reference=_reference(model, corpus, options, ranks),
             seed=options.seed or 0,
             shared=options.shared,
             n=options.positions,
@@ -120,13 +127,17 @@ def run(options: argparse.Namespace) -> int:
             output=options.output / "census",
             memory_budget=int(options.memory_budget * 2**30),
             noise_samples=options.noise_samples,
+            ranks=ranks,
             verbose=True,
         )
     except FolderInUse as error:
         raise OSError(str(error)) from error
+    if not ranks.first:
+        return 0  # rank 0 writes
     by_layer, by_rank = result.by_layer(), result.by_rank()
-    by_layer.to_csv(options.output / "by_layer.csv", index=False)
-    by_rank.to_csv(options.output / "by_rank.csv", index=False)
+    for name, rows in (("by_layer", by_layer), ("by_rank", by_rank)):
+        with whole_or_not(options.output / f"{name}.csv") as unfinished:
+            rows.to_csv(unfinished, index=False)
     examples = largest_changes(model, corpus, result)
     page = write_census_page(result, options.output / "index.html", examples=examples)
     print(summary(result))
@@ -186,13 +197,14 @@ def _text_field(options: argparse.Namespace) -> str:
     return options.text_field if has_fields else "text"
 
 
-def _reference(model: Any, corpus: Any, options: argparse.Namespace) -> Any:
-    """The file's; or one made of a corpus, which is kept in the output's folder for when the run goes on.
+def _reference(model: Any, corpus: Any, options: argparse.Namespace, ranks: Ranks) -> Any:
+    """The file's; or one made of a corpus, which is kept in the output's folder for when the run goes on. Rank 0 makes
+    it, and the others read it.
 
     Raises:
         ValueError: the folder keeps one of something else.
     """
-    from moe_lens.interventions.expert_reference import ExpertReference, expert_reference
+    from moe_lens.interventions.expert_reference import ExpertReference
     from moe_lens.routing.provenance import weights_fingerprint
 
     if options.how not in _NEED_REFERENCE:
@@ -217,6 +229,24 @@ def _reference(model: Any, corpus: Any, options: argparse.Namespace) -> Any:
         "layers": list(model.cfg.moe_layers if options.layers is None else sorted(set(options.layers))),
     }
     kept = options.output / "reference.safetensors"
+    if ranks.first:
+        reference = _kept_or_made(model, corpus, options, kept, wanted)
+        ranks.wait()
+        return reference
+    ranks.wait()
+    if not became_visible(kept):
+        raise OSError(
+            f"{str(kept)!r}, which rank 0 wrote, is not seen here: all ranks need one --output, on a file system that "
+            f"their machines share"
+        )
+    return ExpertReference.load(kept)
+
+
+def _kept_or_made(
+    model: Any, corpus: Any, options: argparse.Namespace, kept: Path, wanted: dict[str, Any]
+) -> Any:
+    from moe_lens.interventions.expert_reference import ExpertReference, expert_reference
+
     if kept.exists():
         reference = ExpertReference.load(kept)
         there = {**reference.provenance, "layers": list(reference.layers)}

@@ -16,6 +16,7 @@ from moe_lens.commands.options import (
     corpus_of,
     model_of,
 )
+from moe_lens.ranks import Ranks, joined
 
 
 def add(commands: Any) -> None:
@@ -47,34 +48,54 @@ def add(commands: Any) -> None:
         "--text-leads", action="store_true", help="leave BOS out: the first token of text leads"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="documents (default: 8)")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="measure the corpus in so many parts, as torchrun's processes do (there the default is at most 64): no "
+        "more processes have something to do",
+    )
     add_memory_budget(parser, 4.0)
     add_precision(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    with joined() as ranks:
+        return _run(options, ranks)
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     from moe_lens.routing.contributions import routing_contributions
+    from moe_lens.routing.folder_lock import FolderInUse
     from moe_lens.routing_page import write_contributions_page
     from moe_lens.routing_page_data import routing_decisions
 
     experts = _experts(options.experts)
     check_corpus_and_output(options)
-    model = model_of(options)
+    if options.shards is not None and options.shards < 1:
+        raise ValueError(f"--shards {options.shards} must be positive")
+    model = model_of(options, ranks)
     corpus = corpus_of(model, options, options.batch_size)
     options.output.mkdir(parents=True, exist_ok=True)
-    results = routing_contributions(
-        model,
-        corpus,
-        by=options.by,
-        receivers=options.receivers,
-        experts=experts,
-        rank_shift=options.rank_shift,
-        source_axis=options.source_axis,
-        bos_is_lead=not options.text_leads,
-        memory_budget=int(options.memory_budget * 2**30),
-        state=options.output / "state.safetensors",
-        verbose=True,
-    )
+    try:
+        results = routing_contributions(
+            model,
+            corpus,
+            by=options.by,
+            receivers=options.receivers,
+            experts=experts,
+            rank_shift=options.rank_shift,
+            source_axis=options.source_axis,
+            bos_is_lead=not options.text_leads,
+            memory_budget=int(options.memory_budget * 2**30),
+            verbose=True,
+            **_kept(options, ranks),
+        )
+    except FolderInUse as error:
+        raise OSError(str(error)) from error
+    if results is None:
+        return 0  # rank 0 writes
     for by, result in results.items():
         result.save(options.output / f"{by}.safetensors")
         result.write_table(options.output / f"{by}.parquet")
@@ -83,6 +104,16 @@ def run(options: argparse.Namespace) -> int:
     page = write_contributions_page(results, options.output / "index.html", routing=decisions)
     print(f"tables, results and page: {page.parent}")
     return 0 if all(result.closes for result in results.values()) else 1
+
+
+def _kept(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """How the run is kept: in one state, or in shards."""
+    from moe_lens.routing.shards import Shards
+
+    folder = options.output / "shards"
+    if ranks.launched or options.shards is not None or folder.is_dir():
+        return {"shards": Shards(folder, ranks, options.shards)}
+    return {"state": options.output / "state.safetensors"}
 
 
 def _largest(result: Any) -> str:

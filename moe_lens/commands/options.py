@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moe_lens.ranks import ALONE, Ranks
+
 DEFAULT_CORPUS = "bundled-demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,7 +38,14 @@ def add_corpus(parser: argparse.ArgumentParser, seed_help: str) -> None:
         help="a preset's name, a .jsonl or text file, lines:FILE for a text file whose lines are documents, "
         "hf:NAME[:CONFIG[:SPLIT]], or PRESET@SOURCE for a preset's recipe on one of these (default: bundled-demo)",
     )
-    parser.add_argument("--n", type=int, help="documents; default: the preset's number, else all")
+    # torchrun takes --n for the beginning of an option of its own.
+    parser.add_argument(
+        "--n",
+        "--documents",
+        type=int,
+        metavar="N",
+        help="how many documents (default: the preset's number, else all); under torchrun write --documents",
+    )
     parser.add_argument(
         "--allow-fewer", action="store_true", help="where there are fewer than --n, take those"
     )
@@ -68,15 +77,16 @@ def check_corpus_and_output(options: argparse.Namespace) -> None:
         raise ValueError(f"--memory-budget {options.memory_budget} must be a positive number of GiB")
 
 
-def model_of(options: argparse.Namespace) -> Any:
-    """The model that is asked for."""
+def model_of(options: argparse.Namespace, ranks: Ranks = ALONE) -> Any:
+    """The model that is asked for, on this process's device."""
     from moe_lens.model.hooked_moe import HookedMoE
 
     return HookedMoE.from_pretrained(
         options.model,
         dtype=DTYPES.get(options.dtype),
-        device=device_of(options.device),
+        device=ranks.device(device_of(options.device)),
         stream=options.stream,
+        verbose=ranks.first,
     )
 
 

@@ -39,6 +39,7 @@ from moe_lens.interventions.patcher import Metric, Patcher, checked_metric
 from moe_lens.interventions.path_senders import KINDS, all_senders
 from moe_lens.interventions.positions import Positions, patched_places
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import require_gradients_of
 from moe_lens.model.text import Text
 from moe_lens.routing.arguments import few, positive_integer
 
@@ -104,7 +105,7 @@ def attribution_patch(
 
     Raises:
         ValueError: an unknown kind of sender, direction, layer or position; token batches of other shapes; a metric
-            that is no single number, NaN, or without a gradient.
+            that is no single number, NaN, or without a gradient; a streamed model.
         RuntimeError: called in `torch.inference_mode()`, where there are no gradients.
     """
     kinds = (senders,) if isinstance(senders, str) else tuple(senders)
@@ -114,6 +115,7 @@ def attribution_patch(
         raise ValueError(f"direction={direction!r} must be 'corrupted' or 'clean', the run that is patched")
     if exact is not None and exact != "all":
         exact = positive_integer(exact, "exact")
+    require_gradients_of(model, "attribution patching")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("attribution patching needs gradients, and torch.inference_mode() has none")
     clean, mask = model.tokens_and_mask(clean_tokens, attention_mask)

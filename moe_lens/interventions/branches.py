@@ -22,6 +22,7 @@ from moe_lens.interventions.expert_reference import ExpertReference
 from moe_lens.interventions.token_hashes import prefix_hashes
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.moe import MoE, applied_weights, eligible_probabilities
+from moe_lens.model.streamed_moe import OnDisk
 from moe_lens.routing.provenance import weights_fingerprint
 
 How = Literal["zero", "renormalize", "reroute", "mean", "resample"]
@@ -63,7 +64,7 @@ class Change:
         of, cfg = self.reference.provenance, model.cfg
         # Where the weights are elsewhere (`moe_lens.interop.nnsight`), their name has to do.
         comparable = of["dtype"] == str(cfg.dtype).removeprefix("torch.") and not any(
-            parameter.is_meta for parameter in model.parameters()
+            parameter.is_meta for parameter in model.parameters() if not isinstance(parameter, OnDisk)
         )
         if of["model"] != cfg.model_name or (comparable and of["weights"] != weights_fingerprint(model)):
             raise ValueError(

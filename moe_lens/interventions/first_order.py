@@ -20,14 +20,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
-from moe_lens.interventions.replay import ReplayAttend
-from moe_lens.interventions.replay_plan import branch_bytes
+from moe_lens.interventions.replay_attend import ReplayAttend
+from moe_lens.interventions.replay_plan import HELP, branch_bytes
+from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import require_gradients_of
+from moe_lens.out_of_memory import InParts
 
 
-def require_gradients() -> None:
+def require_gradients(model: HookedMoE) -> None:
     """Raises:
     ValueError: there can be none here.
     """
+    require_gradients_of(model, "first_order")
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "first_order needs gradients, and torch.inference_mode() forbids them; torch.no_grad() does not"
@@ -47,12 +51,13 @@ def loss_gradients(
         memory_budget: bytes for what the backward pass keeps.
 
     Raises:
-        ValueError: inside of `torch.inference_mode()`.
+        ValueError: inside of `torch.inference_mode()`; a streamed model.
     """
-    require_gradients()
     model = clean.model
+    require_gradients(model)
     step = max(1, memory_budget // (branch_bytes(model, len(clean.tokens)) * model.cfg.n_layers))
-    return torch.cat([_gradients(clean, rows[i : i + step]) for i in range(0, len(rows), step)], dim=1)
+    in_parts = InParts("tokens' gradients", HELP, step)
+    return torch.cat(in_parts.run(lambda part: _gradients(clean, rows[part]), len(rows)), dim=1)
 
 
 def _gradients(clean: CleanRun, rows: Int[Tensor, " n"]) -> Float[Tensor, "layer n d_model"]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from moe_lens.interventions.arguments import integer
 from moe_lens.interventions.clean_run import CleanRun
+from moe_lens.interventions.replay_plan import HELP
+from moe_lens.out_of_memory import InParts
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,8 @@ def read_outcomes(
     # Logits in the model's dtype and float32, and their softmax.
     per_token = clean.model.cfg.d_vocab * (12 + 12 * ("kl" in outcomes))
     step = max(1, memory_budget // (per_token * n_branches))
-    parts = [
-        _read(clean, rows[start : start + step], streams[start : start + step], outcomes)
-        for start in range(0, n, step)
-    ]
+    in_parts = InParts("tokens' logits of a replay", HELP, step)
+    parts = in_parts.run(lambda part: _read(clean, rows[part], streams[part], outcomes), n)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

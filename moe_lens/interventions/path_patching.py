@@ -39,6 +39,7 @@ from moe_lens.interventions.path_run import FREEZES, CleanPaths, Freeze, batches
 from moe_lens.interventions.path_senders import LOGITS, Points, Sender, receiver_depth, senders_of
 from moe_lens.interventions.positions import Positions, patched_places
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import require_all_layers
 from moe_lens.model.text import Text
 from moe_lens.routing.documents import real_tokens
 from moe_lens.routing.rank_shift import rank_shift
@@ -105,7 +106,7 @@ def path_patch(
     Raises:
         ValueError: no such sender or receiver; a sender after all receivers; no such position; padding; runs that do
             not line up; a metric without logits or logits without a metric; a metric that is NaN; router logits
-            that are not finite; a model that carries hooks.
+            that are not finite; a model that carries hooks; a streamed model.
         KeyError: the cache lacks a hook, which is named.
     """
     if freeze not in FREEZES:
@@ -116,6 +117,7 @@ def path_patch(
         said = "needs" if metric is None else "does not go with"
         raise ValueError(f"receiver={receiver!r} {said} metric=, which is a function of the logits")
     require_no_hooks(model)
+    require_all_layers(model, "path_patch")
     tokens, mask = model.tokens_and_mask(tokens, attention_mask)
     at = patched_places(positions, real_tokens(tokens, mask))
     corrupted = _corrupted_points(model, corrupted_cache_or_tokens, tokens, mask, at, chosen)

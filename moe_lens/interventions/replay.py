@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -33,58 +33,10 @@ from moe_lens.interventions.branches import Change, Starts, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues, require_no_hooks
 from moe_lens.interventions.cores import all_cores
 from moe_lens.interventions.outcomes import Outcome, check_outcomes, read_outcomes
-from moe_lens.interventions.replay_plan import ReplayPlan
-from moe_lens.model.attend import Attend
-from moe_lens.model.attention import Attention
+from moe_lens.interventions.replay_attend import ReplayAttend
+from moe_lens.interventions.replay_plan import HELP, ReplayPlan
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.rotary import rotation_at
-
-
-class ReplayAttend(Attend):
-    """Attention of branches `[pos, branch]`: each to the clean keys and values of earlier positions, and to its own.
-
-    Args:
-        clean: the document.
-        rows: the tokens that the branches are at, as places among its real tokens, ascending.
-    """
-
-    def __init__(self, clean: CleanRun, rows: Int[Tensor, " n"]):
-        self.clean, self.rows = clean, rows
-        self.rotation = rotation_at(clean.model.cfg.rotary, clean.columns[rows][:, None])
-        # Nothing at or after the last token is seen by any.
-        self.n_keys = int(rows.max())
-        places = torch.arange(self.n_keys, device=rows.device)
-        self.hidden: Bool[Tensor, "n key"] = places >= rows[:, None]
-
-    def mix(
-        self,
-        attention: Attention,
-        queries: Float[Tensor, "n branch head d_head"],
-        keys: Float[Tensor, "n branch kv_head d_head"],
-        values: Float[Tensor, "n branch kv_head d_value"],
-    ) -> Float[Tensor, "n branch head d_value"]:
-        layer, kv_heads = attention.layer, attention.n_key_value_heads
-        n_branches = queries.shape[1]
-        group = attention.n_heads // kv_heads
-        clean_keys = rearrange(self.clean.keys[layer][: self.n_keys], "key kv d -> kv d key")
-        clean_values = rearrange(self.clean.values[layer][: self.n_keys], "key kv d -> kv key d")
-        grouped = rearrange(queries, "n branch (kv group) d -> kv (n branch group) d", kv=kv_heads)
-        own_keys = rearrange(keys, "n branch kv d -> kv n branch 1 d")
-        own_values = repeat(values, "n branch kv d -> kv (n branch group) d", group=group)
-
-        scores = grouped @ clean_keys
-        own = einsum(
-            rearrange(queries, "n branch (kv group) d -> kv n branch group d", kv=kv_heads),
-            own_keys[..., 0, :],
-            "kv n branch group d, kv n branch d -> kv n branch group",
-        )
-        scores.mul_(attention.softmax_scale)
-        own = rearrange(own, "kv n branch group -> kv (n branch group) 1") * attention.softmax_scale
-        by_token = rearrange(scores, "kv (n each) key -> kv n each key", n=len(self.rows))
-        by_token.masked_fill_(self.hidden[:, None, :], -torch.inf)
-        pattern = torch.cat((scores, own), dim=-1).float().softmax(dim=-1).to(values.dtype)
-        z = pattern[..., :-1] @ clean_values + pattern[..., -1:] * own_values
-        return rearrange(z, "kv (n branch group) d -> n branch (kv group) d", branch=n_branches, group=group)
+from moe_lens.out_of_memory import InParts
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,14 +137,17 @@ def replay(
         outcomes: what is read beside the loss: `"kl"`, or `LogitDifference`s.
         null_branch: run a branch that changes nothing beside those of each layer.
         memory_budget: bytes that the branches may take at once, on all cores together. It divides the work,
-            and changes no number but by the rounding of other kernel shapes.
-        on_layer: is handed what each layer did in the clean run, for whoever wants more of it than comes back.
+            and changes no number but by the rounding of other kernel shapes. Where memory runs out all the same,
+            fewer rows are taken at once, which is said in the log (`moe_lens.out_of_memory`).
+        on_layer: is handed what each layer did in the clean run, for whoever wants more of it than comes back; twice
+            where memory ran out meanwhile.
 
     Raises:
         ValueError: a model with hooks, a layer without experts, a mask of another shape, a token without a next one,
             every slot removed where the rest would take over (`renormalize`), or too many for `reroute`; two outcomes
             of one name.
         FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
+        NotEnoughMemory: the branches of one layer at one token do not fit.
     """
     change = change or Change()
     branches = [branches] if isinstance(branches, Branches) else list(branches)
@@ -208,33 +163,39 @@ def replay(
         budget = max(1, memory_budget // cores.n)
         sizes = [(of.layer, of.n_branches) for of in branches]
         plan = ReplayPlan.make(clean.model, sizes, len(rows), len(clean.tokens), budget, null_branch, cores.n)
-        at_work: deque[tuple[list[int], list[Future[_OfRows]]]] = deque()
+        of_groups = InParts("layers' branches of a replay", HELP)
+        of_rows = InParts("rows of a replay", HELP, plan.rows_at_once)
+        at_work: deque[tuple[list[int], list[Future[list[_OfRows]]]]] = deque()
 
         def take_oldest() -> None:
             group, futures = at_work.popleft()
-            for future in futures:
-                reads, of_nulls = future.result()
+            for reads, of_nulls in (of_some for future in futures for of_some in future.result()):
                 for i, read in zip(group, reads, strict=True):
                     parts[i].append(read)
                 for i, null in zip(group, of_nulls or [], strict=False):
                     nulls[i].append(null)
 
-        for group in plan.groups:
-            # What the experts of two groups' layers put out is held at most, so that no core waits for the next.
-            if len(at_work) == 2:
-                take_oldest()
+        def begin(group: list[int]) -> None:
             of_layer = {layer: clean.moe(layer) for layer in {branches[i].layer for i in group}}
             for layer, layer_values in of_layer.items():
                 experts[layer] = layer_values.indices[rows]
                 if on_layer is not None:
                     on_layer(layer_values)
-            futures = []
-            for start in range(0, len(rows), plan.rows_at_once):
-                chosen = slice(start, start + plan.rows_at_once)
+
+            def run(chosen: slice) -> _OfRows:
                 suffix = _Suffix(clean, rows[chosen], change, of_layer)
                 at_rows = [(branches[i], branches[i].at(chosen, len(rows[chosen]))) for i in group]
-                futures.append(cores.submit(partial(suffix.run, at_rows, outcomes, null_branch, budget)))
-            at_work.append((group, futures))
+                return suffix.run(at_rows, outcomes, null_branch, budget)
+
+            pieces = [slice(i, min(i + at_once, len(rows))) for i in range(0, len(rows), at_once)]
+            at_work.append((group, [cores.submit(partial(of_rows.run, run, piece)) for piece in pieces]))
+
+        at_once = plan.rows_at_once
+        for group in plan.groups:
+            # What the experts of two groups' layers put out is held at most, so that no core waits for the next.
+            if len(at_work) == 2:
+                take_oldest()
+            of_groups.run(lambda part, group=group: begin(group[part]), len(group))
         while at_work:
             take_oldest()
     joined = [_joined(part) for part in parts]

@@ -23,12 +23,14 @@ from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
 from moe_lens.interventions.spec import RouterOnly
 from moe_lens.model.hook_point import HookPoint, with_own_hook_points
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import require_all_layers
 from moe_lens.model.mlp import DenseMLP
 from moe_lens.model.moe import MoE
 from moe_lens.model.observers import Run
 from moe_lens.routing.readout import router_readout
 from moe_lens.routing.senders import SenderGroup
 from moe_lens.routing.writes import (
+    READ_WITH_WEIGHTS,
     GroupValues,
     attention_of,
     head_values,
@@ -128,6 +130,9 @@ class RouterOnlyHooks:
         self.model, self.index, self.spec, self.receipt, self.layers = model, index, spec, receipt, layers
         self.group, self.coordinates, _ = spec.located(model.cfg)
         self.receivers = spec.moe_layers(model.cfg)
+        if self.group.kind in READ_WITH_WEIGHTS:
+            # The receivers run after the sender's layer, when that is no longer in memory.
+            require_all_layers(model, f"{spec}, whose sender is read through its layer's weights,")
         self.forget()
 
     def forget(self) -> None:

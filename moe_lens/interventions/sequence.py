@@ -21,8 +21,9 @@ from moe_lens.interventions.branches import Change, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.expert_outputs import SHARED
 from moe_lens.interventions.outcomes import Outcome, read_outcomes
-from moe_lens.interventions.replay_plan import branch_bytes
+from moe_lens.interventions.replay_plan import HELP, branch_bytes
 from moe_lens.model.attend import Attend, KeyValueCache
+from moe_lens.out_of_memory import InParts
 
 
 @torch.no_grad()
@@ -53,10 +54,10 @@ def everywhere(
     """
     n_tokens = len(clean.tokens)
     at_once = max(1, memory_budget // (branch_bytes(clean.model, 0) * n_tokens))
-    parts = [
-        _everywhere(clean, values, experts[start : start + at_once], rows, change, outcomes, memory_budget)
-        for start in range(0, len(experts), at_once)
-    ]
+    parts = InParts("experts' passes over a document", HELP, at_once).run(
+        lambda part: _everywhere(clean, values, experts[part], rows, change, outcomes, memory_budget),
+        len(experts),
+    )
     read = {name: torch.cat([part[0][name] for part in parts], dim=1) for name in parts[0][0]}
     for name, value in read.items():
         broken = (~value.isfinite()).nonzero()
@@ -135,10 +136,9 @@ def later_losses(
     suffix = torch.arange(row, n_tokens, device=removed.device)
     nothing = torch.zeros(len(suffix), 1, removed.shape[1], dtype=torch.bool, device=removed.device)
     unchanged = starts(clean, values, suffix, nothing, Change()).streams[:, 0]
-    changes = []
-    for first in range(0, len(removed), at_once):
-        part = removed[first : first + at_once]
-        part_shared = None if shared_removed is None else shared_removed[first : first + at_once]
+
+    def of_branches(some: slice) -> Float[Tensor, " branch"]:
+        part, part_shared = removed[some], None if shared_removed is None else shared_removed[some]
         start = starts(clean, values, suffix[:1], part[None], change, part_shared).streams[0]
         streams = repeat(unchanged, "pos d -> branch pos d", branch=len(part)).clone()
         streams[:, 0] = start
@@ -165,8 +165,9 @@ def later_losses(
                 f"the loss at position {int(clean.columns[places[place]])} is {float(losses[place, branch])} after the "
                 f"change at layer {values.layer}, position {int(clean.columns[row])}"
             )
-        changes.append((losses - clean.loss[places][:, None]).mean(dim=0))
-    return torch.cat(changes)
+        return (losses - clean.loss[places][:, None]).mean(dim=0)
+
+    return torch.cat(InParts("branches' later losses", HELP, at_once).run(of_branches, len(removed)))
 
 
 def _later_layers(clean: CleanRun, values: MoEValues) -> range:

@@ -7,6 +7,7 @@ into their places afterwards; `SlotOrder` remembers where everything went.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Torch's dtypes for it since 2.9 (github.com/pytorch/pytorch/pull/162059).
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Backend = Literal["auto", "grouped", "loop"]
 
@@ -87,8 +91,9 @@ def expert_matmul(
     can_group = _kernel_takes(x) and _kernel_takes(weight) and d_out_is_aligned and x.shape[0] > 0
     if backend == "grouped" and not can_group:
         raise ValueError(
-            f"torch's grouped matmul takes floating tensors whose rows are whole multiples of 16 bytes, not "
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} in {x.dtype}; use backend='loop'"
+            f"torch's grouped matmul takes float32, bfloat16 or float16 on a CPU, or on a CUDA device of compute "
+            f"capability 8.0 or above, in rows that are whole multiples of 16 bytes; not x {tuple(x.shape)} and weight "
+            f"{tuple(weight.shape)} in {x.dtype} on {x.device}; use backend='loop'"
         )
     if backend == "loop" or not can_group:
         return _loop(x, weight, ends)
@@ -116,13 +121,28 @@ def group_products(
 
 def _kernel_takes(matrix: Tensor) -> bool:
     """Whether torch's grouped matmul accepts this operand: every stride but the unit one in 16-byte steps."""
-    if matrix.device.type == "cuda" and torch.cuda.get_device_capability(matrix.device) < (8, 0):
+    if not _has_kernel(matrix.device) or matrix.dtype not in _KERNEL_DTYPES or not hasattr(F, "grouped_mm"):
         return False
-    if matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
+    (*_, rows, columns), strides = matrix.shape, list(matrix.stride())
+    if strides[-1] == 1 and strides[-2] >= max(1, columns):
+        strides.pop(-1)
+    elif strides[-2] == 1 and strides[-1] >= max(1, rows):
+        strides.pop(-2)
+    else:
         return False
-    rows, columns = matrix.stride()[-2:]
-    unit, step = (columns, rows) if columns == 1 else (rows, columns)
-    return unit == 1 and step * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    size = matrix.element_size()
+    return all(stride * size % 16 == 0 for stride in strides) and matrix.data_ptr() % 16 == 0
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """On a CPU, and on CUDA devices of compute capability 8.0 and above (github.com/pytorch/pytorch/pull/161407).
+
+    Below 9.0, and in other dtypes than bfloat16, torch's own kernel is a loop too; it takes as much care of itself.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"
 
 
 def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -130,4 +150,5 @@ def _loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     groups = [
         x[start:end] @ weight[expert] for expert, (start, end) in enumerate(pairwise(bounds)) if end > start
     ]
-    return torch.cat(groups) if groups else x.new_zeros(0, weight.shape[-1])
+    # Of no slots too, what comes out hangs on what went in, for a backward pass.
+    return torch.cat(groups) if groups else x @ weight[0]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moe_lens.model.attend import Attend
 from moe_lens.model.corpus_passes import Batch, CorpusBatch, MakeAttend
+from moe_lens.model.freed_memory import FreedMemory
 from moe_lens.model.loss import negative_log_likelihood, real_only
 from moe_lens.model.observers import Run, apart
 from moe_lens.model.residual_streams import ResidualStreams
@@ -158,13 +159,16 @@ def run_corpus(
             model.layers_in_memory(range(first, last)) as blocks,
             tqdm(total=(last - first) * len(runs), disable=not verbose, unit="batch") as progress,
         ):
+            freed = FreedMemory()
             for layer, block in enumerate(blocks, start=first):
                 progress.set_description(f"layer {layer} of {first}..{last - 1}")
                 for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
                     with pause.resumed():
                         stream = streams[i].to(model.cfg.device)
                         streams[i] = model.run_block(block, stream, batch.attend(model))
+                    freed.add(_activation_bytes(model, batch))
                     progress.update()
+                freed.give_back()
         for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
             with pause.resumed():
                 if stop_at_layer is None:
@@ -207,6 +211,13 @@ def _plan(model: StreamedMoE, runs: Sequence[_BatchRun], layers: range, streams:
         f"memory: two layers {store.bytes_needed / 2**30:,.2f} GiB; residual streams "
         f"{streams.bytes_in_memory / 2**20:,.1f} MiB{in_file}"
     )
+
+
+def _activation_bytes(model: StreamedMoE, batch: _BatchRun) -> int:
+    """What a layer makes of a batch: the largest of it by far are the slots' hidden values and outputs."""
+    cfg = model.cfg
+    per_token = cfg.top_k * (cfg.d_model + cfg.d_expert) if cfg.top_k else cfg.d_model
+    return batch.tokens.numel() * per_token * cfg.dtype.itemsize
 
 
 def _loss(

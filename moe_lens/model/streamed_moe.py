@@ -29,8 +29,27 @@ if TYPE_CHECKING:
 # What may be asked of a weight that is on disk: what it is, not what it holds.
 _FACTS = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "grad", "ndim", "layout", "nbytes")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.stride, Tensor.is_floating_point}
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "requires_grad",
+        "is_leaf",
+        "grad",
+        "ndim",
+        "layout",
+        "nbytes",
+        "_version",
+    )
+} | {
+    Tensor.is_inference,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.element_size,
+    Tensor.stride,
+    Tensor.is_floating_point,
+}
 
 
 class LayerSource(Protocol):
@@ -68,7 +87,8 @@ class OnDisk(nn.Parameter):
         weight = next(value for value in given if isinstance(value, OnDisk))
         raise RuntimeError(
             f"{weight.path} is on disk: a streamed model's layers are in memory only while they run, or in "
-            f"`with model.layers_in_memory([{weight.path.split('.')[1]}])`"
+            f"`with model.layers_in_memory([{weight.path.split('.')[1]}])`; a model loaded without "
+            f"stream=True holds them all"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -29,7 +29,7 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.readout import check_receiver, router_readout
 from moe_lens.routing.rounding import StreamSum, stream_rounds
 from moe_lens.routing.senders import ROUNDING, Names, SenderGroup, Senders, senders_before
-from moe_lens.routing.writes import hooks_of, sender_scores, weights_at_hand, written_by
+from moe_lens.routing.writes import group_in_memory, hooks_of, sender_scores, written_by
 
 DENSE_LIMIT = 2**27
 """The most scores held at once, of a router or of logits: 128 Mi numbers, 512 MiB, and about three times that on the
@@ -189,7 +189,7 @@ def scores_with_rounding(
     scores, summed = [], None
     for group in senders.groups:
         # For both, so that a streamed model's layer is read once.
-        with weights_at_hand(model, group):
+        with group_in_memory(model, group):
             scores.append(of_group(group))
             written = written_by(model, group, values)
         if summed is None:

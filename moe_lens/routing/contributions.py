@@ -25,9 +25,10 @@ from moe_lens.routing.readout import Experts, check_experts, check_receivers
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, contributions_of
 from moe_lens.routing.senders import SourceAxis, check_granularity
+from moe_lens.routing.shards import ShardedRun, Shards
 from moe_lens.routing.streamed_runs import StreamedPlan
 
-__all__ = ["MEMORY_BUDGET", "RoutingContributions", "contributions_of", "routing_contributions"]
+__all__ = ["MEMORY_BUDGET", "RoutingContributions", "Shards", "contributions_of", "routing_contributions"]
 
 MEMORY_BUDGET = 4 * 2**30
 """Bytes that the accumulators of a pass may take, unless told otherwise."""
@@ -37,12 +38,31 @@ Batches = str | Sequence[str] | Tensor | TokenBatches | Iterable[Tensor | Sequen
 
 @overload
 def routing_contributions(
-    model: HookedMoE, batches_or_texts: Batches, *, by: str = "layer", **settings: Any
+    model: HookedMoE,
+    batches_or_texts: Batches,
+    *,
+    by: str = "layer",
+    shards: None = None,
+    **settings: Any,
 ) -> RoutingContributions: ...
 @overload
 def routing_contributions(
-    model: HookedMoE, batches_or_texts: Batches, *, by: Sequence[str], **settings: Any
+    model: HookedMoE,
+    batches_or_texts: Batches,
+    *,
+    by: Sequence[str],
+    shards: None = None,
+    **settings: Any,
 ) -> dict[str, RoutingContributions]: ...
+@overload
+def routing_contributions(
+    model: HookedMoE,
+    batches_or_texts: Batches,
+    *,
+    by: str | Sequence[str] = "layer",
+    shards: Shards,
+    **settings: Any,
+) -> RoutingContributions | dict[str, RoutingContributions] | None: ...
 def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     model: HookedMoE,
     batches_or_texts: Batches,
@@ -60,8 +80,9 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
     allow_incomplete: bool = False,
     state: str | Path | None = None,
     save_every: float = 60.0,
+    shards: Shards | None = None,
     verbose: bool = False,
-) -> RoutingContributions | dict[str, RoutingContributions]:
+) -> RoutingContributions | dict[str, RoutingContributions] | None:
     """Run a corpus and measure how much each sender moves each later router.
 
     On a streamed model (`HookedMoE.from_pretrained(..., stream=True)`) batches go through the layers together, in
@@ -92,13 +113,17 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             scores, tokens x senders x receivers x experts, so make batches small then. With a streamed model the budget
             is also for what the batches of a group hold between two layers; less makes smaller groups, which are read
             for more often.
-        batch_size: documents run at once, of texts and of tokens given as one tensor.
+        batch_size: documents run at once, of texts and of tokens given as one tensor. Where memory runs out at a
+            batch, of whatever kind, it is run some documents at a time, which changes numbers by rounding only and is
+            said in the log (`moe_lens.out_of_memory`). The groups of a streamed model are not divided.
         allow_incomplete: measure also where the senders are not what the routers read, because hooks edit the stream
             between components; `completeness_error` and `rounding_ratio` then say by how much.
         state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
             same numbers, bit by bit on the CPU (on a GPU, sums whose order is not fixed may differ in the last digit).
-        save_every: seconds between savings of the state, which is saved after a batch, or with a streamed model after
-            a group of them.
+        save_every: seconds between savings of the state. It is also saved when an interrupt or an error ends the run;
+            with a streamed model, after every group of batches.
+        shards: measure the corpus in shards, kept in a folder, with whatever other processes work there: see
+            `moe_lens.routing.shards`. The result is then that of rank 0, and None at the others.
         verbose: print the plan and show a progress bar: of batches, or with a streamed model of layers times batches.
 
     Returns:
@@ -109,7 +134,11 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
         ValueError: a receiver that is no MoE layer; an unknown granularity, expert or setting; no batches; a row
             without a token; a score that is not finite; senders that do not sum to the logits; a state of another run;
             batches that can be gone through only once, or are others each time, where several passes are needed; values
-            that are others the second time, where a streamed model takes two readings.
+            that are others the second time, where a streamed model takes two readings; ranks that see different runs.
+        RankLost: another rank has ended.
+        NotEnoughMemory: one document alone does not fit; or memory ran out when part of a batch had been added to
+            accumulators of more than a quarter of a GiB, or in a group of a streamed model. The state that is kept is
+            of the batches before.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """
@@ -149,8 +178,13 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             f"be passed {len(plan.chunks)} times; give a list or TokenBatches rather than an iterator, or a larger "
             f"budget, or fewer receivers"
         )
-    if verbose:
+    if state is not None and shards is not None:
+        raise ValueError("a run in shards keeps them instead of a state: give one of state and shards")
+    if verbose and (shards is None or shards.ranks.first):
         print(plan.describe(corpus))
+    if shards is not None:
+        whole = ShardedRun(model, corpus, plan, settings, shards, allow_incomplete, verbose).results()
+        return whole[granularities[0]] if whole is not None and isinstance(by, str) else whole
     run = Run(
         model,
         corpus,

@@ -76,14 +76,7 @@ class Moments:
     ) -> None:
         """The values of a few more documents at some receivers, float64, and 0 where a sender is not present;
         `counted` when all receivers are in."""
-        counts = present.sum(dim=0, dtype=torch.float64)
-        if bool(present.all()):
-            mean = values.mean(dim=2)
-            squares = (values - mean[:, :, None]).square_().sum(dim=2)
-        else:
-            mean = values.sum(dim=2) / counts.clamp(min=1)
-            squares = (values - mean[:, :, None]).mul_(present).square_().sum(dim=2)
-        self.merge(counts, mean, squares, receivers)
+        self.merge(*moments_of(values, present), receivers)
 
     def merge(
         self,
@@ -128,3 +121,20 @@ class Moments:
         """The same on the CPU; `copy` where it must not follow what is added here."""
         moved = Moments.of(self.count.cpu(), self.mean.cpu(), self.squares.cpu())
         return moved.copy() if copy and moved.mean is self.mean else moved
+
+
+def moments_of(
+    values: Float[Tensor, "measure receiver document sender"], present: Bool[Tensor, "document sender"]
+) -> tuple[
+    Float[Tensor, " sender"],
+    Float[Tensor, "measure receiver sender"],
+    Float[Tensor, "measure receiver sender"],
+]:
+    """Count, mean and squared deviations of the values of a few documents, which are 0 where a sender is not
+    present."""
+    counts = present.sum(dim=0, dtype=torch.float64)
+    if bool(present.all()):
+        mean = values.mean(dim=2)
+        return counts, mean, (values - mean[:, :, None]).square_().sum(dim=2)
+    mean = values.sum(dim=2) / counts.clamp(min=1)
+    return counts, mean, (values - mean[:, :, None]).mul_(present).square_().sum(dim=2)

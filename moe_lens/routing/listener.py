@@ -8,12 +8,14 @@ the scales already, added at once and let go.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_lens.interrupts import interrupts_held
 from moe_lens.routing.attribution import relative_error
 from moe_lens.routing.components import Read
 from moe_lens.routing.documents import position_classes
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 # At how many tokens of a batch a float32 sum over neurons is checked; see `ContributionAccumulator`.
 NEURON_CHECKS = 16
+
+# Where memory runs out, or an interrupt comes, before all that a pass adds has been made, the means are left as they
+# were. All of it takes as much memory as the means; where that is more than these bytes, it is made and added one after
+# the other.
+MADE_AT_ONCE = 2**28
 
 # By how much the scales of two passes of the same tokens may differ: kernels may sum in another order each time. What
 # changes more is no rounding.
@@ -184,7 +191,10 @@ class Listener:
                 if self.known is None:
                     self.parts[component, group.kind] = reads[group.kind].part
             if self.known is not None:
-                owner.tallies[by].add(place, reads[group.kind].part, self.known)
+                # Until the batch is through.
+                owner.whole = False
+                for add in owner.tallies[by].additions(place, reads[group.kind].part, self.known):
+                    add()
             summed = reads[group.kind].summed
             at_checked = summed if group.kind in ("neurons", "dense neurons") else summed[self.checked[by]]
             self.sums[by][:, reader.first :] += at_checked
@@ -250,12 +260,29 @@ class Listener:
         if self.known is not None:
             self._require_same_scales(self.known)
         routed = self.values.routed() if self.known is None else self.known
-        for by, tally in owner.tallies.items():
+        additions = self._additions(routed)
+        if sum(tally.n_bytes for tally in owner.tallies.values()) <= MADE_AT_ONCE:
+            additions = list(additions)
+        with interrupts_held():
+            owner.whole = False
+            for add in additions:
+                add()
+            self._count(routed)
+            owner.n_rows += len(self.real)
+            owner.whole = True
+
+    def _additions(self, routed: Routed) -> Iterator[Callable[[], None]]:
+        """What adds the pass to the means, in order; made without changing anything."""
+        for by, tally in self.owner.tallies.items():
             for place, group in enumerate(tally.senders.groups):
                 if group.component == ROUNDING:
-                    tally.add(place, self._rounding_part(by), routed)
+                    yield from tally.additions(place, self._rounding_part(by), routed)
                 elif self.known is None:
-                    tally.add(place, self.parts[group.component, group.kind], routed)
+                    part = self.parts[group.component, group.kind]
+                    yield from tally.additions(place, part, routed)
+
+    def _count(self, routed: Routed) -> None:
+        for by, tally in self.owner.tallies.items():
             tally.completeness_error = max(tally.completeness_error, self.errors[by])
             tally.model_logit_difference = max(tally.model_logit_difference, self.difference)
             if by in self.ratios:

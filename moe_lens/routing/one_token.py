@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moe_lens.model.hook_point import HookPoint
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import weights_in_memory
 from moe_lens.model.moe import MoE
 from moe_lens.model.norm import RMSNorm, rms_norm
-from moe_lens.model.streamed_moe import OnDisk
 from moe_lens.routing.arguments import few
 from moe_lens.routing.attribution import attribution_hooks
 from moe_lens.routing.rank_shift import choice_of
@@ -34,7 +34,6 @@ from moe_lens.routing.writes import (
     routed_neurons,
     sender_scores,
     shared_neurons,
-    weights_at_hand,
     written_by,
 )
 
@@ -174,11 +173,11 @@ class OneToken:
         """Each present sender's product with each row of a readout, not yet divided by the scale."""
         if group.kind != "neurons":
             return sender_scores(self.model, group, self.values, readout)[self.present(group), 0, 0]
-        with weights_at_hand(self.model, group):
+        with weights_in_memory(self.model, group.layer):
             parts = [
                 activation[:, None] * (columns() @ readout.T) for activation, columns in self._neurons(group)
             ]
-        return torch.cat(parts)
+            return torch.cat(parts)
 
     def _neurons(
         self, group: SenderGroup
@@ -198,18 +197,15 @@ class OneToken:
 
     def vectors(self, group: SenderGroup, senders: Sequence[int]) -> Float[Tensor, "sender d_model"]:
         """What some of a group's senders write, given by their places among the group's present ones."""
-        with weights_at_hand(self.model, group):
-            return self._vectors(group, senders)
-
-    def _vectors(self, group: SenderGroup, senders: Sequence[int]) -> Float[Tensor, "sender d_model"]:
         of, wanted = GroupValues(group, self.values), [self.present(group)[i] for i in senders]
         n_first = group.names[0].count
         match group.kind:
             case "whole":
                 return self.values[group.written_at][0].float()[wanted]
             case "dense neurons":
-                weight = mlp_of(self.model, group.layer).W_down.detach()  # type: ignore[union-attr]
-                return of.at("hook_post")[0, 0, wanted].float()[:, None] * weight[wanted].float()  # type: ignore[index]
+                with weights_in_memory(self.model, group.layer):
+                    weight = mlp_of(self.model, group.layer).W_down.detach()  # type: ignore[union-attr]
+                    return of.at("hook_post")[0, 0, wanted].float()[:, None] * weight[wanted].float()  # type: ignore[index]
             case "experts":
                 experts, slots = self._chosen(group)
                 slot_of = dict(zip(experts, slots, strict=True))
@@ -220,7 +216,8 @@ class OneToken:
                 ]
                 return torch.stack(written).float()
             case "neurons":
-                return self._neuron_vectors(group, senders)
+                with weights_in_memory(self.model, group.layer):
+                    return self._neuron_vectors(group, senders)
             case "heads" | "sources":
                 attention = attention_of(self.model, group.layer)
                 if group.kind == "heads":
@@ -231,16 +228,17 @@ class OneToken:
                     values = head_values(attention, of.at("hook_v"))[0]
                     pattern = of.at("hook_pattern")[0, :, 0].float()
                 written = []
-                for i, head in zip(wanted, heads, strict=True):
-                    if i >= n_first:
-                        written.append(attention.b_O.detach().float())
-                        continue
-                    if group.kind == "heads":
-                        read = inner[head]
-                    else:
-                        column = i % self.n_columns
-                        read = pattern[head, column] * values[column, head]
-                    written.append(read @ attention.W_O[head].detach().float())
+                with weights_in_memory(self.model, group.layer):
+                    for i, head in zip(wanted, heads, strict=True):
+                        if i >= n_first:
+                            written.append(attention.b_O.detach().float())
+                            continue
+                        if group.kind == "heads":
+                            read = inner[head]
+                        else:
+                            column = i % self.n_columns
+                            read = pattern[head, column] * values[column, head]
+                        written.append(read @ attention.W_O[head].detach().float())
                 return torch.stack(written)
 
     def _neuron_vectors(self, group: SenderGroup, senders: Sequence[int]) -> Float[Tensor, "sender d_model"]:
@@ -260,7 +258,7 @@ class OneToken:
         """See `writes.written_by`; of neurons, only the chosen experts' weights are read."""
         if group.kind != "neurons":
             return written_by(self.model, group, self.values)
-        with weights_at_hand(self.model, group):
+        with weights_in_memory(self.model, group.layer):
             outputs = torch.stack([activation @ columns() for activation, columns in self._neurons(group)])
         sizes = 4 * outputs.abs().sum(dim=0) + self.values[group.written_at][0, 0].float().abs()
         return outputs.sum(dim=0)[None, None], sizes[None, None]
@@ -298,11 +296,8 @@ class OneToken:
 
 
 def _versions(model: HookedMoE) -> tuple[tuple[int, int], ...]:
-    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none,
-    and what is on disk is found to be what it was whenever it is read."""
-    return tuple(
-        (id(p), 0 if isinstance(p, OnDisk) or p.is_inference() else p._version) for p in model.parameters()
-    )
+    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def _float_rows(weight: Float[Tensor, "*expert neuron d_model"], expert: object) -> Tensor:

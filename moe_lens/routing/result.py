@@ -240,6 +240,39 @@ class RoutingContributions:
         """
         if not isinstance(other, RoutingContributions):
             return NotImplemented
+        self._require_alike(other)
+        twice = set(self.provenance["fingerprints"]) & set(other.provenance["fingerprints"])
+        if twice:
+            raise ValueError("these cannot be added: both hold the same tokens, which would be counted twice")
+        moments = {key: [mine.copy() for mine in groups] for key, groups in self.moments.items()}
+        provenance = dict(self.provenance)
+        for name in ("corpus", "fingerprints"):
+            provenance[name] = [*self.provenance[name], *other.provenance[name]]
+        return replace(self, moments=moments, provenance=provenance).merged(other)
+
+    def merged(self, other: RoutingContributions) -> RoutingContributions:
+        """The means over both corpora's documents, in this result's own arrays, which it loses, and with its
+        provenance. The last bits depend on the order in which results are merged.
+
+        Raises:
+            ValueError: they are of different models, settings or versions.
+        """
+        self._require_alike(other)
+        for key, groups in self.moments.items():
+            for mine, its in zip(groups, other.moments[key], strict=True):
+                mine.merge(its.count, its.mean, its.squares)
+                mine.counted(its.count)
+        ratios = [r for r in (self.rounding_ratio, other.rounding_ratio) if r is not None]
+        return replace(
+            self,
+            n_documents={p: self.n_documents[p] + other.n_documents[p] for p in POSITIONS},
+            n_tokens={p: self.n_tokens[p] + other.n_tokens[p] for p in POSITIONS},
+            completeness_error=max(self.completeness_error, other.completeness_error),
+            rounding_ratio=max(ratios) if ratios else None,
+            model_logit_difference=max(self.model_logit_difference, other.model_logit_difference),
+        )
+
+    def _require_alike(self, other: RoutingContributions) -> None:
         for name in ("by", "senders", "receivers", "measures"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
@@ -249,29 +282,6 @@ class RoutingContributions:
             mine, its = self.provenance.get(name), other.provenance.get(name)
             if name not in ("corpus", "fingerprints") and mine != its:
                 raise ValueError(f"these cannot be added: {name} is {mine!r} here and {its!r} there")
-        twice = set(self.provenance["fingerprints"]) & set(other.provenance["fingerprints"])
-        if twice:
-            raise ValueError("these cannot be added: both hold the same tokens, which would be counted twice")
-        moments = {}
-        for key, groups in self.moments.items():
-            moments[key] = [mine.copy() for mine in groups]
-            for merged, its in zip(moments[key], other.moments[key], strict=True):
-                merged.merge(its.count, its.mean, its.squares)
-                merged.counted(its.count)
-        ratios = [r for r in (self.rounding_ratio, other.rounding_ratio) if r is not None]
-        provenance = dict(self.provenance)
-        for name in ("corpus", "fingerprints"):
-            provenance[name] = [*self.provenance[name], *other.provenance[name]]
-        return replace(
-            self,
-            moments=moments,
-            n_documents={p: self.n_documents[p] + other.n_documents[p] for p in POSITIONS},
-            n_tokens={p: self.n_tokens[p] + other.n_tokens[p] for p in POSITIONS},
-            completeness_error=max(self.completeness_error, other.completeness_error),
-            rounding_ratio=max(ratios) if ratios else None,
-            model_logit_difference=max(self.model_logit_difference, other.model_logit_difference),
-            provenance=provenance,
-        )
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, whole or not at all.

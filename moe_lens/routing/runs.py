@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,8 +24,10 @@ from tqdm import tqdm
 
 from moe_lens.corpus import TokenBatches
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.out_of_memory import InParts
 from moe_lens.routing.documents import Moments, real_tokens
 from moe_lens.routing.measures import MEASURES, RANK_MEASURES
+from moe_lens.routing.progress import Progress
 from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
 from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.result import RoutingContributions, measure_names
@@ -36,6 +39,8 @@ from moe_lens.routing.streaming import ContributionAccumulator
 _BYTES_PER_CELL = 2 * 8 * 2 * 2
 # A neuron's measures at a receiver are also a float32 table.
 _BYTES_PER_TABLE_CELL = 4
+
+_HELP = "a smaller batch_size, shorter documents, a smaller memory_budget, fewer granularities or receivers at a time"
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"]
@@ -147,6 +152,8 @@ class Plan:
 
     unit: ClassVar[str] = "batch"
     """Of progress."""
+    saves_every_group: ClassVar[bool] = False
+    """Whether the state is saved after each group, whenever it was saved before."""
 
     @classmethod
     def make(
@@ -185,18 +192,17 @@ class Plan:
         group: Group,
         allow_incomplete: bool,
         stepped: Callable[[], object],
+        measure: Callable[[Tokens, Mask | None], None],
     ) -> None:
         """Let an accumulator listen to a group of batches.
 
         Args:
             allow_incomplete: see `routing_contributions`.
             stepped: called for every step of progress.
+            measure: lets it listen to one batch.
         """
-        # No later layer is read.
-        stop = accumulator.receivers[-1] + 1
         for tokens, mask in group.batches:
-            with torch.no_grad(), accumulator.listening(tokens, mask):
-                accumulator.model(tokens, attention_mask=mask, stop_at_layer=stop)
+            measure(tokens, mask)
             if not allow_incomplete:
                 accumulator.require_closed()
             stepped()
@@ -247,6 +253,8 @@ class Run:
         self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
         self.state, self.save_every, self.verbose = state, save_every, verbose
         self.allow_incomplete = allow_incomplete
+        self._tokens_at_once: int | None = None
+        """Of a batch, since memory ran out at more."""
         if state is not None and not state.absolute().parent.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
@@ -265,12 +273,31 @@ class Run:
                     f"be the same each time, and those of a loader that shuffles are not; or give a larger "
                     f"memory_budget, for one pass"
                 )
-        return {by: _joined([chunk.pop(by) for chunk in chunks]) for by in self.settings["by"]}
+        return {by: joined_results([chunk.pop(by) for chunk in chunks]) for by in self.settings["by"]}
 
     def _pass(self, number: int) -> dict[str, RoutingContributions]:
         """One pass over the corpus, from where its state left it."""
         accumulator = ContributionAccumulator(self.model, receivers=self.plan.chunks[number], **self.settings)
         n_done, digest, edited = self._restore(number, accumulator)
+        progress = Progress(n_done, digest, accumulator.n_rows)
+        try:
+            self._batches(number, accumulator, progress, edited)
+        except BaseException:
+            # Whatever ends a run, what is whole of it is kept: an interrupt, memory or a disk that is full.
+            if self.state is not None and progress.to_save(
+                accumulator, partial(self._require_closed, accumulator)
+            ):
+                self._save(number, accumulator, progress.at.n_batches, progress.at.digest)
+            raise
+        return contributions_of(
+            accumulator, corpus=[self.corpus.description], fingerprints=[progress.at.digest], copy=False
+        )
+
+    def _batches(
+        self, number: int, accumulator: ContributionAccumulator, progress: Progress, edited: set[str]
+    ) -> None:
+        """Those that are still to be run, saved now and then and at the end."""
+        n_done, digest = progress.at.n_batches, progress.at.digest
         seen, saved_at, n_batches = TokenDigest(), time.monotonic(), 0
         batches = iter(self.corpus)
         for tokens, mask in islice(batches, n_done):
@@ -284,27 +311,52 @@ class Run:
             total=self.plan.n_steps(number, self.corpus, n_done),
             disable=not self.verbose,
             unit=self.plan.unit,
-        ) as progress:
+        ) as bar:
             for group in self.plan.groups(number, batches, n_done):
-                self.plan.run(accumulator, group, self.allow_incomplete, progress.update)
                 for tokens, mask in group.batches:
                     seen.add(tokens, mask)
                 is_first, n_batches = n_batches == n_done, n_batches + len(group.batches)
+                n_rows = accumulator.n_rows + sum(len(tokens) for tokens, _ in group.batches)
+                progress.begins(n_batches, seen.hexdigest(), n_rows)
+                self.plan.run(
+                    accumulator, group, self.allow_incomplete, bar.update, partial(self._measure, accumulator)
+                )
                 if n_done and is_first and bool(accumulator.edited) != bool(edited):
                     raise self._other_run(
                         number,
                         f"hooks edited {edited or 'nothing'}, and now {accumulator.edited or 'nothing'}",
                     )
                 accumulator.edited |= edited
-                if self.state is not None and time.monotonic() - saved_at >= self.save_every:
-                    self._save(number, accumulator, n_batches, seen.hexdigest())
-                    saved_at = time.monotonic()
+                progress.ends()
+                is_time = self.plan.saves_every_group or time.monotonic() - saved_at >= self.save_every
+                if self.state is not None and is_time:
+                    self._save(number, accumulator, n_batches, progress.at.digest)
+                    progress.n_saved, saved_at = n_batches, time.monotonic()
         accumulator.edited |= edited
         if self.state is not None and n_batches > n_done:
-            self._save(number, accumulator, n_batches, seen.hexdigest())
-        return contributions_of(
-            accumulator, corpus=[self.corpus.description], fingerprints=[seen.hexdigest()], copy=False
-        )
+            self._save(number, accumulator, n_batches, progress.at.digest)
+            progress.n_saved = n_batches
+
+    def _require_closed(self, accumulator: ContributionAccumulator) -> None:
+        if not self.allow_incomplete:
+            accumulator.require_closed()
+
+    def _measure(self, accumulator: ContributionAccumulator, tokens: Tokens, mask: Mask | None) -> None:
+        """One batch; where memory runs out, some of its documents at a time."""
+        # No later layer is read.
+        stop = accumulator.receivers[-1] + 1
+
+        def measure(rows: slice) -> None:
+            some, some_mask = tokens[rows], None if mask is None else mask[rows]
+            with torch.no_grad(), accumulator.listening(some, some_mask):
+                self.model(some, attention_mask=some_mask, stop_at_layer=stop)
+
+        width = max(1, tokens.shape[1])
+        affordable = None if self._tokens_at_once is None else max(1, self._tokens_at_once // width)
+        in_parts = InParts("documents of a batch", _HELP, affordable)
+        in_parts.run(measure, len(tokens), can_be_repeated=lambda: accumulator.whole)
+        if in_parts.at_once != affordable and in_parts.at_once is not None:
+            self._tokens_at_once = in_parts.at_once * width
 
     def _file(self, number: int) -> Path:
         assert self.state is not None
@@ -375,7 +427,7 @@ class Run:
         )
 
 
-def _joined(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
+def joined_results(chunks: Sequence[RoutingContributions]) -> RoutingContributions:
     """Results for runs of receivers, as one for all: a sender's receivers follow one another."""
     if len(chunks) == 1:
         return chunks[0]

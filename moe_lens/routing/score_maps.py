@@ -129,7 +129,7 @@ def score_variance_maps(
 
 
 def mean_score_variance_maps(
-    model: HookedMoE, prompts: Iterable[Sequence[Any]], receiver: int
+    model: HookedMoE, prompts: Iterable[Sequence[Any]], receiver: int, *, verbose: bool = False
 ) -> MeanScoreVarianceMaps:
     """The same over many prompts, each with a query and a key of its own, as a stream.
 
@@ -138,6 +138,7 @@ def mean_score_variance_maps(
         prompts: batches `(tokens [batch, pos], mask or None, queries, keys)`; queries and keys are columns, one for
             each row or one for all, negative from the end of the row, padding included.
         receiver: an MoE layer.
+        verbose: show a progress bar.
 
     Returns:
         Means over prompts (each counts alike) and their standard errors, `[layer, head]` in float64.
@@ -166,7 +167,7 @@ def mean_score_variance_maps(
         moments.counted(present.sum(dim=0).double())
         n_prompts += len(queries)
 
-    run_batches(model, prompts, listening, stop_at_layer=receiver + 1)
+    run_batches(model, prompts, listening, stop_at_layer=receiver + 1, verbose=verbose)
     errors = [moments.standard_error(i) for i in range(2)]
     return MeanScoreVarianceMaps(moments.mean[0], errors[0], moments.mean[1], errors[1], n_prompts)
 

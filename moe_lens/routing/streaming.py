@@ -91,6 +91,10 @@ class ContributionAccumulator:
         gains = torch.stack([model.blocks[r].ln2.w.detach().float() for r in self.receivers])  # type: ignore[union-attr]
         self.readouts = Readouts(readouts, gains)
         self.rounds = stream_rounds(model.cfg.dtype)
+        self.n_rows = 0
+        """Documents that have been added."""
+        self.whole = True
+        """Whether all of them have been wholly: false where adding one was cut off, and the means are spoilt."""
         self.edited: set[str] = set()
         """Hook points at which others edited a value during the passes so far."""
         self._at_work: int | None = None
@@ -186,8 +190,8 @@ class ContributionAccumulator:
         before = edit_counts(self.model)
         with self.model.hooks(batch.hooks()):
             yield
-        batch.finish()
         self.edited |= {name for name, count in edit_counts(self.model).items() if count > before[name]}
+        batch.finish()
 
     @contextmanager
     def looking_ahead(

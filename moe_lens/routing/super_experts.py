@@ -39,6 +39,7 @@ def super_experts(
     quantile: float = QUANTILE,
     share_of_largest: float = SHARE_OF_LARGEST,
     depth: float = DEPTH,
+    verbose: bool = False,
 ) -> pd.DataFrame:
     """Which experts' outputs are extreme, over a corpus.
 
@@ -50,6 +51,7 @@ def super_experts(
             token chose.
         share_of_largest: and at least this share of the largest of them.
         depth: and its layer lies within this share of the model's layers, from the first.
+        verbose: show a progress bar.
 
     Returns:
         A row for each routed expert, largest first: `layer`, `expert`, `name`, `max_output` (the largest |coordinate|
@@ -65,7 +67,7 @@ def super_experts(
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie between 0 and 1")
     refuse_bare_pair(batches)
-    maxima, counts = _largest_outputs(model, batches)
+    maxima, counts = _largest_outputs(model, batches, verbose)
     layers, experts = np.indices(maxima.shape).reshape(2, -1)
     layers = np.array(model.cfg.moe_layers)[layers]
     sizes, tokens = maxima.numpy().ravel(), counts.numpy().ravel()
@@ -92,12 +94,13 @@ def super_expert_table(
     contributions: RoutingContributions,
     *,
     position: str = "rest",
+    verbose: bool = False,
     **criterion: float,
 ) -> pd.DataFrame:
     """The super experts, with the rank of their variance at the next router among the experts of their layer.
 
     Args:
-        model, batches, criterion: see `super_experts`.
+        model, batches, verbose, criterion: see `super_experts`.
         contributions: of the same model (its name, revision and dtype), by expert.
         position: `lead` or `rest`.
 
@@ -114,7 +117,7 @@ def super_expert_table(
     _require_same_model(model, contributions)
     if contributions.by != "expert":
         raise ValueError(f"the ranks need contributions by 'expert', and these are by {contributions.by!r}")
-    found = super_experts(model, batches, **criterion)
+    found = super_experts(model, batches, verbose=verbose, **criterion)
     rows = []
     last = int(contributions.receivers[-1].removeprefix("M"))
     for row in found.to_dict("records"):
@@ -155,7 +158,7 @@ def _require_same_model(model: HookedMoE, contributions: RoutingContributions) -
 
 @torch.no_grad()
 def _largest_outputs(
-    model: HookedMoE, batches: Batches
+    model: HookedMoE, batches: Batches, verbose: bool
 ) -> tuple[Float[Tensor, "moe_layer expert"], Int[Tensor, "moe_layer expert"]]:
     """Each expert's largest |output coordinate| over real tokens, and how many of those chose it."""
     if not model.cfg.moe_layers:
@@ -173,7 +176,7 @@ def _largest_outputs(
         return model.listening(hooks)
 
     given = [batches] if isinstance(batches, Tensor) else batches
-    run_batches(model, given, listening, stop_at_layer=model.cfg.moe_layers[-1] + 1)
+    run_batches(model, given, listening, stop_at_layer=model.cfg.moe_layers[-1] + 1, verbose=verbose)
     if not bool(maxima.isfinite().all()):
         raise ValueError("an expert's output holds values that are not finite")
     return maxima.cpu(), counts.cpu()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments
+from moe_lens.routing.documents import POPULATIONS, POSITIONS, Moments, moments_of
 from moe_lens.routing.parts import DocumentSums, Part, Routed
 from moe_lens.routing.senders import Senders
 
@@ -20,6 +21,7 @@ class Tally:
         senders: names, with `rounding` last where the stream rounds.
         firsts: for each group of them, the place of the first receiver that it reaches.
         moments: for each position class and population, those of every group, from its first receiver on.
+        n_bytes: memory of all moments.
         n_documents, n_tokens: of each position class.
         completeness_error, rounding_ratio, model_logit_difference: the largest so far.
     """
@@ -37,24 +39,28 @@ class Tally:
             for position in POSITIONS
             for population in POPULATIONS
         }
+        self.n_bytes = sum(
+            m.mean.nbytes + m.squares.nbytes for groups in self.moments.values() for m in groups
+        )
         self.n_documents: dict[str, int] = dict.fromkeys(POSITIONS, 0)
         self.n_tokens: dict[str, int] = dict.fromkeys(POSITIONS, 0)
         self.completeness_error = 0.0
         self.rounding_ratio: float | None = None
         self.model_logit_difference = 0.0
 
-    def add(self, group: int, part: Part, routed: Routed) -> None:
-        """The sums of one group of senders, to its means over documents."""
+    def additions(self, group: int, part: Part, routed: Routed) -> Iterator[Callable[[], None]]:
+        """What adds the sums of one group of senders to its means over documents: each is to be called once, in
+        order. They are made without changing anything."""
         counts: dict[tuple[str, str], Tensor] = {}
         n_tokens = {p: per_document(member, routed) for p, member in routed.classes.items()}
         for receivers, sums in part.document_sums(routed):
             for key, moments in self.moments.items():
                 position, population = key
                 present, values = _document_means(sums, position, population, n_tokens[position])
-                moments[group].add(values, present, receivers)
+                yield partial(moments[group].merge, *moments_of(values, present), receivers)
                 counts[key] = present.sum(dim=0, dtype=torch.float64)
         for key, count in counts.items():
-            self.moments[key][group].counted(count)
+            yield partial(self.moments[key][group].counted, count)
 
 
 def _document_means(

@@ -27,10 +27,10 @@ from moe_lens.routing.writes import (
     attention_of,
     head_values,
     mlp_of,
+    reading_weights,
     routed_neurons,
     scattered,
     shared_neurons,
-    weights_at_hand,
 )
 
 
@@ -41,6 +41,7 @@ def along(
     return einsum(vectors.float(), directions, "b p d_model, b p d_model -> b p")
 
 
+@reading_weights
 def scores_along(
     model: HookedMoE, group: SenderGroup, values: Values, directions: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "sender batch pos"]:
@@ -51,13 +52,6 @@ def scores_along(
         values: its hook values (`hooks_of`) at the directions' places; of sources, `hook_v` at all of them.
         directions: in float32.
     """
-    with weights_at_hand(model, group):
-        return _scores_along(model, group, values, directions)
-
-
-def _scores_along(
-    model: HookedMoE, group: SenderGroup, values: Values, directions: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "sender batch pos"]:
     of = GroupValues(group, values)
     match group.kind:
         case "whole":

@@ -12,9 +12,10 @@ Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -24,10 +25,14 @@ from torch import Tensor
 from moe_lens.model.attention import Attention
 from moe_lens.model.expert_matmul import SlotOrder, expert_matmul
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import weights_in_memory
 from moe_lens.model.mlp import DenseMLP
 from moe_lens.model.moe import MoE
-from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
+from moe_lens.model.streamed_moe import OnDisk
 from moe_lens.routing.senders import SenderGroup
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 Values = Mapping[str, Tensor]
 """Hook values, by their whole names."""
@@ -60,34 +65,6 @@ class GroupValues(NamedTuple):
     def at(self, point: str) -> Tensor:
         inside = "attn" if self.group.component.startswith("A") else "mlp"
         return self.values[f"blocks.{self.group.layer}.{inside}.{point}"]
-
-
-@contextmanager
-def weights_at_hand(model: HookedMoE, group: SenderGroup) -> Iterator[None]:
-    """While open, the weights with which a group's senders write are in memory: those of a streamed model's layer are
-    read for this, unless the layer is at work.
-
-    Raises:
-        RuntimeError: another layer of a streamed model is.
-    """
-    needs_weights = group.kind not in ("whole", "experts")
-    if not (
-        needs_weights and isinstance(model, StreamedMoE) and isinstance(_read_with(model, group), OnDisk)
-    ):
-        yield
-        return
-    assert group.layer is not None
-    with model.layers_in_memory([group.layer]) as blocks:
-        next(blocks)
-        yield
-
-
-def _read_with(model: HookedMoE, group: SenderGroup) -> Tensor:
-    """One of the weights with which a group's senders write; the others are where it is."""
-    if group.kind in ("heads", "sources"):
-        return attention_of(model, group.layer).o_proj.weight
-    mlp = mlp_of(model, group.layer)
-    return mlp.experts.W_down if isinstance(mlp, MoE) else mlp.W_down
 
 
 # ---- heads and sources ----
@@ -151,22 +128,46 @@ def scattered(
 
 # ---- scores and sums ----
 
+READ_WITH_WEIGHTS = ("heads", "sources", "neurons", "dense neurons")
+"""Kinds of senders that are read through their layer's matrices."""
 
+
+def reading_weights(
+    function: Callable[Concatenate[HookedMoE, SenderGroup, _Arguments], _Result],
+) -> Callable[Concatenate[HookedMoE, SenderGroup, _Arguments], _Result]:
+    """A function of a model and a group of senders, within which the group's layer is in memory if it is read."""
+
+    @wraps(function)
+    def reading(
+        model: HookedMoE, group: SenderGroup, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        with group_in_memory(model, group):
+            return function(model, group, *args, **kwargs)
+
+    return reading
+
+
+def group_in_memory(model: HookedMoE, group: SenderGroup) -> AbstractContextManager[None]:
+    """Within this the weights that a group's senders are read through can be read; see `weights_in_memory`."""
+    if group.kind not in READ_WITH_WEIGHTS:
+        return nullcontext()
+    if group.kind in ("heads", "sources"):
+        weight = attention_of(model, group.layer).o_proj.weight
+    else:
+        mlp = mlp_of(model, group.layer)
+        weight = mlp.experts.W_down if isinstance(mlp, MoE) else mlp.W_down
+    # It may be there although others of its layer are not.
+    return weights_in_memory(model, group.layer if isinstance(weight, OnDisk) else None)
+
+
+@reading_weights
 def sender_scores(
     model: HookedMoE, group: SenderGroup, values: Values, readout: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "sender batch pos row"]:
     """Every sender's product with every row of a readout, in float32, not yet divided by the receiver's scale.
 
-    Of the size it says: for sources and neurons only small inputs fit. Of a streamed model the layer is read, where
-    weights are needed.
+    Of the size it says: for sources and neurons only small inputs fit.
     """
-    with weights_at_hand(model, group):
-        return _sender_scores(model, group, values, readout)
-
-
-def _sender_scores(
-    model: HookedMoE, group: SenderGroup, values: Values, readout: Float[Tensor, "row d_model"]
-) -> Float[Tensor, "sender batch pos row"]:
     of = GroupValues(group, values)
     match group.kind:
         case "whole":
@@ -217,19 +218,12 @@ def _sender_scores(
             return _neuron_scores(of.at("hook_post").float(), mlp.W_down, readout)
 
 
+@reading_weights
 def written_by(
     model: HookedMoE, group: SenderGroup, values: Values
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
     """The sum of a group's senders, in float32; and the sum of the sizes of everything that the model rounded
-    on its way from them to what the component wrote (see `StreamSum`), None where the component is one sender. Of a
-    streamed model the layer is read, where weights are needed."""
-    with weights_at_hand(model, group):
-        return _written_by(model, group, values)
-
-
-def _written_by(
-    model: HookedMoE, group: SenderGroup, values: Values
-) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"] | None]:
+    on its way from them to what the component wrote (see `StreamSum`), None where the component is one sender."""
     of = GroupValues(group, values)
     written = values[group.written_at].float()
     match group.kind:

@@ -28,6 +28,7 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.modeling.transformers import TransformersModel
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel
+from tqdm import tqdm
 
 from moe_lens.interop.nnsight.received import read_plain
 
@@ -306,7 +307,8 @@ def run(
 
     Args:
         remote: see this module.
-        verbose: print the plan first, nnsight's own messages, and after each job what it sent and got.
+        verbose: print the plan first, nnsight's own messages, and after each job what it sent and got; show a progress
+            bar of the jobs.
 
     Raises:
         ValueError: `remote` is none of the four.
@@ -324,7 +326,8 @@ def run(
     if verbose:
         print(plan_of(lm, analysis, remote))
     results = []
-    for number, job in enumerate(analysis.jobs):
+    jobs = tqdm(analysis.jobs, desc=analysis.name, unit="job", disable=not verbose)
+    for number, job in enumerate(jobs):
         if number in analysis.kept:
             results.append(analysis.kept[number])
             continue
@@ -351,7 +354,7 @@ def run(
             for recorder in _recorders.get():
                 recorder.add(counted)
         if verbose and remote:
-            print(f"{analysis.name}, job {number + 1} of {len(analysis.jobs)}: {counted}")
+            tqdm.write(f"{analysis.name}, job {number + 1} of {len(analysis.jobs)}: {counted}")
         if analysis.keep is not None:
             analysis.keep(number, results[-1])
     return analysis.finish(results)
