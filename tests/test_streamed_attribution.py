@@ -13,10 +13,11 @@ from moe_lens.cli import main
 from moe_lens.routing.attribution import router_logit_attrs
 from moe_lens.routing.explain import explain
 from moe_lens.routing.logit_attribution import logit_attrs
+from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.senders import GRANULARITIES
 from moe_lens.routing_page_data import routing_decisions
 from tests.checkpoints import load
-from tests.routing_cases import corpus
+from tests.routing_cases import assert_same_results, corpus
 
 
 def test_the_command(streamed: Any, checkpoint: Any, tmp_path: Path, capsys: Any) -> None:
@@ -27,16 +28,20 @@ def test_the_command(streamed: Any, checkpoint: Any, tmp_path: Path, capsys: Any
         out = tmp_path / name
         arguments = f"--output {out} --by layer neuron {corpus_options} {options}"
         assert main(["contributions", str(checkpoint("qwen2_moe")), *arguments.split()]) == 0
-        # Figures in a page have names that are drawn anew.
-        written.append(
-            {
-                p.name: re.sub(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", b"", p.read_bytes())
-                for p in out.iterdir()
-            }
-        )
+        # Figures in a page have names that are drawn anew, and arrays lie in a file in any order.
+        names = sorted(path.name for path in out.iterdir() if path.suffix != ".safetensors")
+        plain = [
+            re.sub(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", b"", (out / n).read_bytes()) for n in names
+        ]
+        results = [RoutingContributions.load(out / f"{by}.safetensors") for by in ("layer", "neuron")]
+        written.append((names, plain, results))
         assert ("layers are read" in capsys.readouterr().out) == (name == "streamed")
-    assert written[0].keys() == written[1].keys()
-    assert [name for name in written[0] if written[0][name] != written[1][name]] == []
+    (names, plain, results), (its_names, its_plain, its_results) = written
+    assert names == its_names
+    assert [name for name, one, other in zip(names, plain, its_plain, strict=True) if one != other] == []
+    for one, other in zip(results, its_results, strict=True):
+        assert_same_results(one, other)
+        assert one.provenance == other.provenance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -23,6 +23,7 @@ from moe_lens.routing.listener import NEURON_CHECKS, Listener
 from moe_lens.routing.receivers import LookAhead
 from moe_lens.routing.runs import Group
 from moe_lens.routing.senders import GRANULARITIES
+from moe_lens.routing.shards import Shards
 from moe_lens.routing.streamed_runs import StreamedPlan
 from moe_lens.routing.streaming import ContributionAccumulator
 from tests.checkpoints import load
@@ -425,3 +426,14 @@ def test_what_batches_hold_is_foretold(
             # Between the readings, without the sums of scores.
             assert all(0 < ahead <= foretold - held._sums(batch[0].numel()) for ahead in found_ahead)
             found_ahead.clear()
+
+
+def test_in_shards(streamed: Any, hooked: Any, tmp_path: Path) -> None:
+    """As many as are asked for; each is a corpus of its own, and their merged whole that of the model in memory."""
+    results = [
+        routing_contributions(
+            model, five_batches(), by=("layer", "neuron"), shards=Shards(tmp_path / str(number), number=2)
+        )
+        for number, model in enumerate((streamed("olmoe"), hooked("olmoe")))
+    ]
+    assert_same(*results)

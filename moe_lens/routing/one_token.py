@@ -21,7 +21,6 @@ from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.layer_weights import weights_in_memory
 from moe_lens.model.moe import MoE
 from moe_lens.model.norm import RMSNorm, rms_norm
-from moe_lens.model.streamed_moe import OnDisk
 from moe_lens.routing.arguments import few
 from moe_lens.routing.attribution import attribution_hooks
 from moe_lens.routing.rank_shift import choice_of
@@ -297,11 +296,8 @@ class OneToken:
 
 
 def _versions(model: HookedMoE) -> tuple[tuple[int, int], ...]:
-    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none,
-    and what is on disk is found to be what it was whenever it is read."""
-    return tuple(
-        (id(p), 0 if isinstance(p, OnDisk) or p.is_inference() else p._version) for p in model.parameters()
-    )
+    """Changes whenever torch changes a parameter in place, or another takes its place. Inference tensors count none."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def _float_rows(weight: Float[Tensor, "*expert neuron d_model"], expert: object) -> Tensor:

@@ -40,7 +40,7 @@ class Progress:
         self._coming = Place(n_batches, digest, n_rows)
 
     def ends(self) -> None:
-        """It was added, and found in order."""
+        """They were added, and found in order."""
         self.at = self._coming
 
     def to_save(self, accumulator: ContributionAccumulator, require_in_order: Callable[[], None]) -> bool:

@@ -178,6 +178,8 @@ class Plan:
 
     unit: ClassVar[str] = "batch"
     """Of progress."""
+    saves_every_group: ClassVar[bool] = False
+    """Whether the state is saved after each group, whenever it was saved before."""
 
     @classmethod
     def make(
@@ -216,12 +218,14 @@ class Plan:
         group: Group,
         allow_incomplete: bool,
         stepped: Callable[[], object],
+        measure: Callable[[Tokens, Mask | None], None],
     ) -> None:
         """Let an accumulator listen to a group of batches.
 
         Args:
             allow_incomplete: see `routing_contributions`.
             stepped: called for every step of progress.
+            measure: lets it listen to one batch.
         """
         for tokens, mask in group.batches:
             self.in_parts.run(accumulator, tokens, mask)

@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_lens.corpus import TokenBatches
 from moe_lens.model.corpus_passes import CorpusBatch
 from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
+from moe_lens.out_of_memory import said_what_would_help
 from moe_lens.routing.held import Held
 from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.receivers import LookAhead
@@ -49,6 +50,8 @@ class StreamedPlan(Plan):
     held_budget: int
 
     unit: ClassVar[str] = "batch-layer"
+    # What cuts off a second reading spoils the means that are in memory; and a group takes long.
+    saves_every_group: ClassVar[bool] = True
 
     @classmethod
     def of(
@@ -171,6 +174,20 @@ class StreamedPlan(Plan):
     # ---- running ----
 
     def run(
+        self,
+        accumulator: ContributionAccumulator,
+        group: Group,
+        allow_incomplete: bool,
+        stepped: Callable[[], object],
+        measure: Callable[[Tokens, Mask | None], None],
+    ) -> None:
+        with said_what_would_help(
+            f"{len(group.batches)} batch(es) that go through the layers together",
+            "a smaller memory_budget, a smaller batch_size, shorter documents, fewer granularities at a time",
+        ):
+            self._run(accumulator, group, allow_incomplete, stepped)
+
+    def _run(
         self,
         accumulator: ContributionAccumulator,
         group: Group,
