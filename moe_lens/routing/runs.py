@@ -218,14 +218,12 @@ class Plan:
         group: Group,
         allow_incomplete: bool,
         stepped: Callable[[], object],
-        measure: Callable[[Tokens, Mask | None], None],
     ) -> None:
         """Let an accumulator listen to a group of batches.
 
         Args:
             allow_incomplete: see `routing_contributions`.
             stepped: called for every step of progress.
-            measure: lets it listen to one batch.
         """
         for tokens, mask in group.batches:
             self.in_parts.run(accumulator, tokens, mask)
@@ -350,7 +348,8 @@ class Run:
                     )
                 accumulator.edited |= edited
                 progress.ends()
-                if self.state is not None and time.monotonic() - saved_at >= self.save_every:
+                is_time = self.plan.saves_every_group or time.monotonic() - saved_at >= self.save_every
+                if self.state is not None and is_time:
                     self._save(number, accumulator, n_batches, progress.at.digest)
                     progress.n_saved, saved_at = n_batches, time.monotonic()
         accumulator.edited |= edited

@@ -179,7 +179,6 @@ class StreamedPlan(Plan):
         group: Group,
         allow_incomplete: bool,
         stepped: Callable[[], object],
-        measure: Callable[[Tokens, Mask | None], None],
     ) -> None:
         with said_what_would_help(
             f"{len(group.batches)} batch(es) that go through the layers together",

@@ -152,19 +152,6 @@ def reading_weights(
     return reading
 
 
-def group_in_memory(model: HookedMoE, group: SenderGroup) -> AbstractContextManager[None]:
-    """Within this the weights that a group's senders are read through can be read; see `weights_in_memory`."""
-    if group.kind not in READ_WITH_WEIGHTS:
-        return nullcontext()
-    if group.kind in ("heads", "sources"):
-        weight = attention_of(model, group.layer).o_proj.weight
-    else:
-        mlp = mlp_of(model, group.layer)
-        weight = mlp.experts.W_down if isinstance(mlp, MoE) else mlp.W_down
-    # It may be there although others of its layer are not.
-    return weights_in_memory(model, group.layer if isinstance(weight, OnDisk) else None)
-
-
 @reading_weights
 def sender_scores(
     model: HookedMoE, group: SenderGroup, values: Values, readout: Float[Tensor, "row d_model"]
