@@ -35,7 +35,7 @@ from moe_lens.routing.contributions import Shards, routing_contributions
 from moe_lens.routing.folder_lock import FolderInUse, FolderLock
 from moe_lens.routing.result import RoutingContributions
 from tests.families import prompts
-from tests.rank_cases import Ended, on_ranks
+from tests.rank_cases import Ended, new_store, on_ranks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -520,6 +520,34 @@ def test_the_slurm_script() -> None:
     options = cli._parser().parse_args(torchrun.training_script_args)
     assert (options.run, options.by) == (contributions.run, ["layer", "head", "expert"])
     corpus_kind(options.corpus)
+
+
+def test_ranks_that_are_started_again(tmp_path: Path) -> None:
+    """With a store that keeps what was said before; and they may join more than once."""
+    store = new_store()
+
+    def work(rank: int, lost: int) -> int:
+        try:
+            for _ in range(2):
+                with joined() as those:
+                    done = list(those.taking(range(5)))
+                    if rank == lost:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if lost >= 0:
+                        time.sleep(30)
+                    everything = those.gathered(done)
+                    assert sorted(item for its in everything for item in its) == [0, 1, 2, 3, 4]
+                    count = those.counter()
+                    count(rank + 1)
+                    those.wait()
+                    assert count(0) == 3
+        except ranks.RankLost:
+            return 2
+        return 0
+
+    for lost, statuses in ((1, [2, -9]), (0, [-9, 2]), (-1, [0, 0])):
+        ended = on_ranks(2, lambda rank, lost=lost: work(rank, lost), tmp_path, store)
+        assert [rank.status for rank in ended] == statuses, ended
 
 
 def test_alone(tmp_path: Path) -> None:
