@@ -139,8 +139,11 @@ def run_batches(
     number = -1
     for number, given in enumerate(tqdm(batches, total=n_batches, disable=not verbose, unit="batch")):
         batch = CorpusBatch.of(model, number, given)
-        with nullcontext() if listening is None else listening(batch), said_what_would_help(
-            f"batch {number}, of {len(batch.tokens)} documents", "a smaller batch_size, shorter documents"
+        with (
+            nullcontext() if listening is None else listening(batch),
+            said_what_would_help(
+                f"batch {number}, of {len(batch.tokens)} documents", "a smaller batch_size, shorter documents"
+            ),
         ):
             loss = _run(model, batch, return_type, stop_at_layer, attend)
         if return_type == "loss":
