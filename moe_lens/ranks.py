@@ -217,16 +217,16 @@ class _Launched(Ranks):
     """Those that `torchrun` started."""
 
     launched = True
-    times = 0
 
     def __init__(self) -> None:
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.n_local = int(os.environ["LOCAL_WORLD_SIZE"])
-        store, self.rank, self.n = next(iter(rendezvous("env://")))
+        shared, self.rank, self.n = next(iter(rendezvous("env://")))
+        store = c10d.PrefixStore(f"moe_lens {_meeting(shared, self.rank, self.n)}", shared)
         try:
             dist.init_process_group(
                 "gloo",
-                store=c10d.PrefixStore(f"gloo {_Launched.times}", store),
+                store=c10d.PrefixStore("gloo", store),
                 rank=self.rank,
                 world_size=self.n,
                 timeout=_TO_COME_TOGETHER,
@@ -236,9 +236,6 @@ class _Launched(Ranks):
                 f"the ranks could not reach each other: {error}; where a machine has several networks, "
                 f"GLOO_SOCKET_IFNAME names the one to use"
             ) from error
-        # A program may join several times, one after the other, and the store keeps what was said before.
-        _Launched.times += 1
-        store = c10d.PrefixStore(f"moe_lens {_Launched.times}", store)
         self._store = c10d.PrefixStore("steps", store)
         self._step = 0
         # The watch asks from a thread of its own, and a connection answers one at a time.
@@ -309,6 +306,33 @@ class _Launched(Ranks):
         own = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(own)
         return own
+
+
+def _meeting(store: Any, rank: int, n: int) -> str:
+    """A name that these processes have for their being together, and that none had before them: torchrun's store keeps
+    what was said by those that it started earlier, and by these when they joined before."""
+    mine, until = uuid.uuid4().hex, time.monotonic() + _TO_COME_TOGETHER.total_seconds()
+    hello = [f"moe_lens hello {other}" for other in range(n)]
+    store.set(hello[rank], mine)
+    heard: dict[int, str] = {}
+    while time.monotonic() < until:
+        if rank == 0:
+            # What another rank said may be from earlier, until it says something else.
+            now = {other: store.get(key).decode() for other, key in enumerate(hello) if store.check([key])}
+            if now != heard:
+                heard = now
+                store.set("moe_lens meeting", json.dumps([mine, heard]))
+            if all(store.check([f"moe_lens {mine} {other}"]) for other in range(1, n)):
+                return mine
+        elif store.check(["moe_lens meeting"]):
+            name, known = json.loads(store.get("moe_lens meeting"))
+            if known.get(str(rank)) == mine:
+                store.set(f"moe_lens {name} {rank}", "here")
+                return name
+        time.sleep(0.05)
+    raise RankLost(
+        f"not all of the {n} ranks have come together within {_TO_COME_TOGETHER.total_seconds() / 60:.0f} minutes"
+    )
 
 
 def require_alone() -> None:

@@ -27,14 +27,20 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def on_ranks(n: int, work: Callable[[int], int], folder: Path) -> list[Ended]:
+def new_store() -> TCPStore:
+    """As torchrun keeps one."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def on_ranks(n: int, work: Callable[[int], int], folder: Path, store: TCPStore | None = None) -> list[Ended]:
     """Do it on so many ranks.
 
     Args:
         work: of a rank; gives its exit status.
         folder: where what they print is kept.
+        store: which has been used before; None is a new one.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = store or new_store()
     started = time.monotonic()
     texts = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(n)]
     children = {_forked(rank, n, store.port, work, texts[rank]): rank for rank in range(n)}

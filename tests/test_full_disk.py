@@ -206,7 +206,7 @@ SHARD_DAMAGES: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_shard(
     model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, finished: bool
 ) -> None:
-    """A run does not go on from one; without it and those after it, it does, and makes the same table."""
+    """A run does not go on from one; without it, it does, and makes the same table."""
     model, folder = model_of("mixtral"), tmp_path / "census"
     expected, of, ran = as_census(model), CleanRun.of, []
 
@@ -224,13 +224,10 @@ def test_a_damaged_shard(
     SHARD_DAMAGES[damage](shards[1])
     before = {path: path.read_bytes() for path in folder.iterdir()}
     ran.clear()
-    with pytest.raises(
-        ValueError, match=rf"the shard '{shards[1]}' is damaged: .*; delete it and the shards after it"
-    ):
+    with pytest.raises(ValueError, match=rf"the shard '{shards[1]}' is damaged: .*; delete it, and the run"):
         as_census(model, folder)
     assert (ran, {path: path.read_bytes() for path in folder.iterdir()}) == ([], before)
-    for shard in shards[1:]:
-        shard.unlink()
+    shards[1].unlink()
     if finished:
         # It says that there were more, and is no shard.
         with pytest.raises(ValueError, match=rf"'{shards[1]}' is missing; delete _census.json"):
@@ -238,7 +235,7 @@ def test_a_damaged_shard(
         (folder / "_census.json").unlink()
     monkeypatch.setattr(CleanRun, "of", lambda *args: (ran.append(1), of(*args))[1])
     found = as_census(model, folder)
-    assert len(ran) == 3
+    assert len(ran) == (1 if finished else 2)
     pd.testing.assert_frame_equal(found.to_pandas(), expected.to_pandas(), check_exact=True)
 
 

@@ -34,8 +34,9 @@ from moe_lens.routing import shards
 from moe_lens.routing.contributions import Shards, routing_contributions
 from moe_lens.routing.folder_lock import FolderInUse, FolderLock
 from moe_lens.routing.result import RoutingContributions
+from moe_lens.routing.storage import read_arrays
 from tests.families import prompts
-from tests.rank_cases import Ended, on_ranks
+from tests.rank_cases import Ended, new_store, on_ranks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -66,13 +67,19 @@ def command(checkpoint: Callable[[str], Path], corpus: Path) -> Callable[..., li
     return made
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Of the results and tables by contributions."""
+def contents(folder: Path) -> dict[str, Any]:
+    """Of the results and tables by contributions; of other arrays' files, whose metadata stand in any order, what is in
+    them."""
     return {
-        path.name: path.read_bytes()
+        path.name: path.read_bytes() if path.suffix == ".parquet" else in_arrays(path)
         for path in folder.iterdir()
         if path.suffix in (".safetensors", ".parquet")
     }
+
+
+def in_arrays(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    arrays, facts = read_arrays(path)
+    return {name: array.numpy().tobytes() for name, array in arrays.items()}, facts
 
 
 def stopped_well(ended: list[Ended], lost: int, because: str) -> None:
@@ -399,8 +406,9 @@ def test_the_census_command_with_a_reference(command: Callable[..., list[str]], 
     one, other = (Census.load(tmp_path / name / "census") for name in ("plain", "ranks"))
     assert one.to_pandas().to_numpy().tobytes() == other.to_pandas().to_numpy().tobytes()
     assert one.identity == other.identity
-    for name in ("by_layer.csv", "by_rank.csv", "reference.safetensors"):
+    for name in ("by_layer.csv", "by_rank.csv"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "ranks" / name).read_bytes()
+    assert contents(tmp_path / "plain") == contents(tmp_path / "ranks")  # the reference
     assert (tmp_path / "ranks" / "index.html").exists()
 
 
@@ -520,6 +528,34 @@ def test_the_slurm_script() -> None:
     options = cli._parser().parse_args(torchrun.training_script_args)
     assert (options.run, options.by) == (contributions.run, ["layer", "head", "expert"])
     corpus_kind(options.corpus)
+
+
+def test_ranks_that_are_started_again(tmp_path: Path) -> None:
+    """With a store that keeps what was said before; and they may join more than once."""
+    store = new_store()
+
+    def work(rank: int, lost: int) -> int:
+        try:
+            for _ in range(2):
+                with joined() as those:
+                    done = list(those.taking(range(5)))
+                    if rank == lost:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if lost >= 0:
+                        time.sleep(30)
+                    everything = those.gathered(done)
+                    assert sorted(item for its in everything for item in its) == [0, 1, 2, 3, 4]
+                    count = those.counter()
+                    count(rank + 1)
+                    those.wait()
+                    assert count(0) == 3
+        except ranks.RankLost:
+            return 2
+        return 0
+
+    for lost, statuses in ((1, [2, -9]), (0, [-9, 2]), (-1, [0, 0])):
+        ended = on_ranks(2, lambda rank, lost=lost: work(rank, lost), tmp_path, store)
+        assert [rank.status for rank in ended] == statuses, ended
 
 
 def test_alone(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _SHARD = re.compile(r"rows-(\d{8,})-(\d{8,})\.parquet")
 _UNFINISHED = re.compile(rf"\.({_SHARD.pattern}|{re.escape(HEADER)})\.unfinished")
 _METADATA = b"moe_lens_census"
 _ROWS_PER_GROUP = 2**16
-_REMEDY = "delete it and the shards after it, and the run that left them does their documents again"
+_REMEDY = "delete it, and the run that left it does its documents again"
 
 
 @dataclass(frozen=True)
