@@ -106,6 +106,15 @@ def test_any_tile(heads: str, tile_bytes: int) -> None:
         )
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_any_number_of_sequences(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Those that are too many for one launch of the fused kernel go one after another."""
+    monkeypatch.setattr(replay_attend, "_SEQUENCES_AT_ONCE", at_once)
+    for rows in ("all", "some"):
+        of = drawn("grouped", rows, n_branches=5)
+        torch.testing.assert_close(mix_with_own(**of, backend="fused"), attend_with_own(**of))
+
+
 @pytest.mark.parametrize("tile_bytes", [2000, 2**24])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("backend", BACKENDS)

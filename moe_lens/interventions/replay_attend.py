@@ -43,6 +43,9 @@ TILE_BYTES = 2**24
 # Torch's fused kernels take rows of whole multiples of 16 bytes; of 8 numbers, that is so in every dtype.
 _ALIGNED = 8
 
+# A CUDA launch has 65,535 blocks in the direction of these.
+_SEQUENCES_AT_ONCE = 2**15
+
 
 class ReplayAttend(Attend):
     """Attention of branches `[pos, branch]`: each to the clean keys and values of earlier positions, and to its own.
@@ -113,10 +116,8 @@ def mix_with_own(
         on_cuda = queries.is_cuda and queries.dtype in (torch.float32, torch.bfloat16, torch.float16)
         backend = "fused" if on_cuda else "tiles"
     kv_heads, d_value = values.shape[2:]
-    extended = _with_own_scores(queries, keys)
-    n_own = extended.shape[-1] - queries.shape[-1]
-    width = _aligned(extended.shape[-1])
-    extended = F.pad(extended, (0, width - extended.shape[-1]))
+    extended, n_own = _with_own_scores(queries, keys)
+    width = extended.shape[-1]
     shared_keys = _with_first(clean_keys[: rows[-1]], n_own, width)
     if backend == "fused":
         # One width for all three: torch's fastest kernel has no other.
@@ -142,15 +143,22 @@ def _aligned(width: int) -> int:
 
 def _with_own_scores(
     queries: Float[Tensor, "n branch head d_head"], keys: Float[Tensor, "n branch kv_head d_head"]
-) -> Float[Tensor, "kv_head n branch group d_extended"]:
-    """q' = [q, q.k_own]; in half precision the score takes two coordinates, so that it is not rounded like one."""
+) -> tuple[Float[Tensor, "kv_head n branch group width"], int]:
+    """q' = [q, q.k_own], and zeros up to an aligned width; and how many coordinates the own score takes.
+
+    In half precision they are two, so that it is not rounded as one is.
+    """
     queries = rearrange(queries, "n branch (kv group) d -> kv n branch group d", kv=keys.shape[2])
     keys = rearrange(keys, "n branch kv d -> kv n branch 1 d")
     if queries.dtype.itemsize >= 4:
-        return torch.cat((queries, (queries * keys).sum(dim=-1, keepdim=True)), dim=-1)
-    score = (queries.float() * keys.float()).sum(dim=-1, keepdim=True)
-    rounded = score.to(queries.dtype)
-    return torch.cat((queries, rounded, (score - rounded.float()).to(queries.dtype)), dim=-1)
+        own = [(queries * keys).sum(dim=-1, keepdim=True)]
+    else:
+        score = (queries.float() * keys.float()).sum(dim=-1, keepdim=True)
+        rounded = score.to(queries.dtype)
+        own = [rounded, (score - rounded.float()).to(queries.dtype)]
+    d = queries.shape[-1] + len(own)
+    zeros = queries.new_zeros(()).expand(*queries.shape[:-1], _aligned(d) - d)
+    return torch.cat((queries, *own, zeros), dim=-1), len(own)
 
 
 def _with_first(
@@ -171,22 +179,25 @@ def _fused(
     scale: float,
 ) -> Float[Tensor, "n branch head d_value"]:
     """By torch's `scaled_dot_product_attention`, a sequence of positions for each branch and each head of a group."""
-    _, n, n_branches, group, _ = queries.shape
+    _, n, _, group, _ = queries.shape
     if rows[-1] - rows[0] + 1 == n:
         visible = causal_lower_right(n, len(keys))
     else:
         places = torch.arange(len(keys), device=queries.device)
         visible = places <= torch.tensor(rows, device=queries.device)[:, None]
-    mixed = F.scaled_dot_product_attention(
-        rearrange(queries, "kv n branch group d -> (branch group) kv n d"),
-        *(
-            rearrange(t, "key kv d -> 1 kv key d").expand(n_branches * group, -1, -1, -1)
-            for t in (keys, values)
-        ),
-        attn_mask=visible,  # type: ignore[arg-type]  # torch's own kinds of masks are no tensors to pyright
-        scale=scale,
-    )
-    return rearrange(mixed, "(branch group) kv n d -> n branch (kv group) d", group=group)
+    keys, values = (rearrange(t, "key kv d -> 1 kv key d") for t in (keys, values))
+    at_once = max(1, _SEQUENCES_AT_ONCE // group)
+    parts = []
+    for part in queries.split(at_once, dim=2):
+        sequences = rearrange(part, "kv n branch group d -> (branch group) kv n d")
+        mixed = F.scaled_dot_product_attention(
+            sequences,
+            *(t.expand(len(sequences), -1, -1, -1) for t in (keys, values)),
+            attn_mask=visible,
+            scale=scale,
+        )
+        parts.append(rearrange(mixed, "(branch group) kv n d -> n branch (kv group) d", group=group))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _tiles(
