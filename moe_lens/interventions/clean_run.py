@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_lens.model.attend import Attend
 from moe_lens.model.hook_point import HookPoint, with_own_hook_points
 from moe_lens.model.hooked_moe import HookedMoE
-from moe_lens.model.layer_in_memory import layer_in_memory
+from moe_lens.model.layer_weights import weights_in_memory
 from moe_lens.model.loss import loss_per_token
 from moe_lens.routing.arguments import few
 
@@ -124,10 +124,11 @@ class CleanRun:
     def moe(self, layer: int) -> MoEValues:
         """What an MoE layer did, computed again from the stream that it read. Of a streamed model the layer is read,
         unless it is in memory."""
-        with layer_in_memory(self.model, layer) as block:
-            return self._moe(layer, block)
+        with weights_in_memory(self.model, layer):
+            return self._moe(layer)
 
-    def _moe(self, layer: int, block: Any) -> MoEValues:
+    def _moe(self, layer: int) -> MoEValues:
+        block: Any = self.model.blocks[layer]
         # Branches may be at work in the model's own modules meanwhile: these hooks are for this one run.
         mlp = with_own_hook_points(block.mlp)
         points: dict[str, Tensor] = {}

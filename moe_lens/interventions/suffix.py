@@ -17,7 +17,9 @@ from torch import Tensor
 from moe_lens.interventions.branches import Change, Starts, starts
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.outcomes import Outcome, read_outcomes
+from moe_lens.interventions.replay_attend import ReplayAttend
 from moe_lens.model.attend import Attend
+from moe_lens.out_of_memory import InParts
 
 if TYPE_CHECKING:
     from moe_lens.interventions.replay import Branches
@@ -111,6 +113,39 @@ class Suffix:
         if not joining:
             return streams
         return torch.cat(([] if streams is None else [streams]) + joining, dim=1)
+
+    def step_in_parts(
+        self,
+        in_parts: InParts,
+        clean: CleanRun,
+        layer: int,
+        streams: Float[Tensor, "n branch d_model"] | None,
+        values: MoEValues | None,
+    ) -> Float[Tensor, "n wider d_model"]:
+        """`step` at a layer where branches are, with fewer rows at once where memory runs out."""
+
+        def step(part: slice) -> tuple[Suffix, Tensor]:
+            whole = part == slice(0, len(self.rows))
+            some = self if whole else self._at(part)
+            before = streams if streams is None or whole else streams[part]
+            after = some.step(clean, layer, before, ReplayAttend(clean, some.rows), values)
+            assert after is not None
+            return some, after
+
+        parts = in_parts.run(step, len(self.rows))
+        if len(parts) == 1:
+            return parts[0][1]
+        first = parts[0][0]
+        self._places |= first._places
+        self._nulls |= first._nulls
+        for i in first._gaps:
+            self._gaps[i] = torch.cat([some._gaps[i] for some, _ in parts])
+        return torch.cat([after for _, after in parts])
+
+    def _at(self, part: slice) -> Suffix:
+        """The same branches at some of the rows, of which nothing has been kept."""
+        branches = [(of, removed[part]) for of, removed in self.branches]
+        return Suffix(self.rows[part], self.change, branches, self.null_branch)
 
     def finish(
         self,
