@@ -36,6 +36,7 @@ from moe_lens.audit.census_plan import CensusPlan, Documents, no_rows, runs_of
 from moe_lens.audit.census_streamed import PassesOf, require_streamable, streamed_passes
 from moe_lens.audit.census_table import Census, CensusWriter
 from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
+from moe_lens.audit.streamed_noise import streamed_noise_floor
 from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.branches import Change, How
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
@@ -92,7 +93,8 @@ def census(
 
     A streamed model goes layer by layer: each layer is read once for a group of documents, and the rows are those of
     the model in memory, bit by bit (`direct` but for its last digit). What needs gradients or passes of its own raises
-    there: `first_order`, scope `sequence`, `later_loss`, and the noise floor.
+    there: `first_order`, scope `sequence` and `later_loss`. The noise floor takes three passes more, one of them by a
+    second streamed model in float32, and so needs a checkpoint that is stored in the model's dtype.
 
     Args:
         model: in float32, bfloat16 or float16, on any device. It must carry no hooks.
@@ -153,19 +155,14 @@ def census(
     )
     noise_samples = natural_number(noise_samples, "noise_samples")
     if isinstance(model, StreamedMoE):
-        require_streamable(settings, noise_samples)
-    elif streams_budget is not None or spill_directory is not None:
-        name = "spill_directory" if streams_budget is None else "streams_budget"
-        raise ValueError(
-            f"{name} is of a streamed model, and this one is in memory; memory_budget is of both"
-        )
+        require_streamable(model, settings, noise_samples)
     if n is not None:
         n = positive_integer(n, "n")
     corpus = corpus_of(model, tokens_or_batches, attention_mask, batch_size)
     documents = Documents.of(model, corpus)
     positions = documents.sampled(n, seed)
     settings.change.check_model(model, settings.layers)
-    if settings.null_branch and noise_samples and ranks.first:
+    if settings.null_branch and noise_samples and ranks.first and not isinstance(model, StreamedMoE):
         require_room_for_float32(model)
     plan = CensusPlan.of(model, documents, positions, settings, noise_samples)
     passes_of = streamed_passes(model, documents, positions, settings, streams_budget, spill_directory)
@@ -216,7 +213,9 @@ def census(
                         writer.flush()
             writer.together(meanwhile=show)
         done = writer.finished or not ranks.first  # the first rank measures the noise floor for all
-        noise = _noise(model, documents, positions, settings, noise_samples, seed, done, verbose)
+        noise = None
+        if not done:
+            noise = _noise(model, documents, positions, settings, noise_samples, seed, passes_of, verbose)
         return writer.finish(
             {
                 "noise_floor": None if noise is None else asdict(noise),
@@ -383,17 +382,22 @@ def _noise(
     settings: Settings,
     noise_samples: int,
     seed: int,
-    finished: bool,
+    passes_of: PassesOf | None,
     verbose: bool,
 ) -> NoiseFloor | None:
-    if finished or not settings.null_branch or noise_samples == 0:
+    if not settings.null_branch or noise_samples == 0:
         return None
-    return noise_floor(
-        model,
-        [(row, places) for row, places in zip(documents.rows, positions, strict=True) if len(places)],
+    measured = [(row, places) for row, places in zip(documents.rows, positions, strict=True) if len(places)]
+    sample: dict[str, Any] = dict(
         layers=settings.layers,
         n_samples=noise_samples,
         seed=seed,
         memory_budget=settings.memory_budget,
         verbose=verbose,
+    )
+    if passes_of is None:
+        return noise_floor(model, measured, **sample)
+    passes = passes_of(())
+    return streamed_noise_floor(
+        passes.model, measured, streams_budget=passes.budget, spill_directory=passes.spill_directory, **sample
     )

@@ -26,6 +26,7 @@ from moe_lens.audit.census_document import (
     token_branches,
 )
 from moe_lens.audit.census_plan import Documents, no_rows
+from moe_lens.audit.streamed_noise import require_streamed_float32
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.first_order import final_scale
 from moe_lens.interventions.streamed_replay import ToReplay, branches_bytes, clean_bytes, replay_documents
@@ -37,9 +38,10 @@ STREAMS_BUDGET = 2**31
 """Bytes of streams that are held between two layers, where nothing else is said."""
 
 
-def require_streamable(settings: Settings, noise_samples: int) -> None:
+def require_streamable(model: StreamedMoE, settings: Settings, noise_samples: int) -> None:
     """Raises:
     ValueError: what is asked for cannot be measured on a streamed model.
+    NotEnoughMemory: there is no room for what the noise floor is measured with.
     """
     wrong = None
     if settings.scope == "sequence":
@@ -51,10 +53,7 @@ def require_streamable(settings: Settings, noise_samples: int) -> None:
     if wrong is not None:
         raise ValueError(f"{wrong}; leave it out, or load the model without stream=True")
     if settings.null_branch and noise_samples:
-        raise ValueError(
-            f"the noise floor of half precision is measured with a float32 copy of the model beside it, and a model "
-            f"that was loaded with stream=True has none: noise_samples=0 leaves it out (it was {noise_samples})"
-        )
+        require_streamed_float32(model)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Passes:
         documents: Documents,
         positions: Sequence[Int[Tensor, " n"]],
         settings: Settings,
-        advance: Callable[[int, float], None],
+        advance: Callable[[int, float], object],
     ) -> Iterator[list[tuple[int, Mapping[str, np.ndarray | Tensor]]]]:
         """Of each group, its documents' numbers and rows, as `CensusWriter.add_document` takes them.
 
@@ -171,7 +170,7 @@ class Passes:
         documents: Documents,
         positions: Sequence[Int[Tensor, " n"]],
         settings: Settings,
-        advance: Callable[[int, float], None],
+        advance: Callable[[int, float], object],
     ) -> dict[int, Columns]:
         model = self.model
         branches = token_branches(settings, model.cfg.top_k, model.cfg.device)
@@ -230,8 +229,16 @@ def streamed_passes(
 
     Args:
         streams_budget: None is `STREAMS_BUDGET`.
+
+    Raises:
+        ValueError: of a model in memory there are no streams to hold.
     """
     if not isinstance(model, StreamedMoE):
+        if streams_budget is not None or spill_directory is not None:
+            name = "spill_directory" if streams_budget is None else "streams_budget"
+            raise ValueError(
+                f"{name} is of a streamed model, and this one is in memory; memory_budget is of both"
+            )
         return None
     budget = STREAMS_BUDGET if streams_budget is None else positive_integer(streams_budget, "streams_budget")
     return lambda numbers: Passes.of(model, documents, numbers, positions, settings, budget, spill_directory)

@@ -28,10 +28,11 @@ from moe_lens.interventions.clean_run import CleanRun, Kept, MoEValues, next_tok
 from moe_lens.interventions.cores import all_cores, pieces_at_once
 from moe_lens.interventions.outcomes import Outcome
 from moe_lens.interventions.replay import Branches, Replayed, assembled, check_replay
-from moe_lens.interventions.replay_plan import HELP, ReplayPlan
+from moe_lens.interventions.replay_plan import HELP, ReplayPlan, branch_bytes
 from moe_lens.interventions.suffix import OfRows, Read, Suffix
 from moe_lens.model.attend import Attend
 from moe_lens.model.block import Block
+from moe_lens.model.freed_memory import FreedMemory
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.residual_streams import ResidualStreams
 from moe_lens.model.streamed_moe import StreamedMoE
@@ -67,7 +68,7 @@ def replay_documents(
     streams_budget: int = 2**31,
     spill_directory: str | Path | None = None,
     on_layer: Callable[[int, CleanRun, MoEValues], None] | None = None,
-    advance: Callable[[int, float], None] | None = None,
+    advance: Callable[[int, float], object] | None = None,
 ) -> list[tuple[CleanRun, Replayed]]:
     """What `replay` gives of each document, with each layer of the model read once for all.
 
@@ -197,6 +198,11 @@ class _OnTheWay:
         below = [sum(of.n_branches for of in self.branches if of.layer < at) for at in range(n_layers + 1)]
         return below[layer] / sum(below)
 
+    def made_at(self, layer: int) -> int:
+        """Bytes, about, that the branches' activations take and leave at a layer."""
+        n_branches = sum(of.n_branches for of in self.branches if of.layer < layer)
+        return len(self.rows) * n_branches * branch_bytes(self.model, 0)
+
     def step_clean(self, block: Block, layer: int) -> bool:
         """Take the clean stream through a layer, and keep what the branches read there; whether that is finite."""
         clean = self.clean
@@ -253,7 +259,7 @@ class _Pass:
         model: StreamedMoE,
         documents: Sequence[ToReplay],
         on_layer: Callable[[int, CleanRun, MoEValues], None] | None,
-        advance: Callable[[int, float], None] | None,
+        advance: Callable[[int, float], object] | None,
     ):
         self.model, self.documents = model, documents
         self.on_layer, self.advance = on_layer, advance
@@ -261,6 +267,7 @@ class _Pass:
         for document in documents:
             with _named(document):
                 self.on_the_way.append(_OnTheWay(model, document))
+        self.freed = FreedMemory()
         self.shapes: list[tuple[int, int]] = []
         self.numbers: list[range] = []
         """Of each document: which streams are those of its pieces."""
@@ -289,6 +296,7 @@ class _Pass:
                     self._step_branches(layer, streams)
                     for of in self.on_the_way:
                         of.kept.clear()
+                    self.freed.give_back()
             return [self._end(i, streams) for i in range(len(self.on_the_way))]
 
     def _step_branches(self, layer: int, streams: ResidualStreams) -> None:
@@ -300,6 +308,7 @@ class _Pass:
                 for future in futures:
                     future.result()
             self._advance(i, layer)
+            self.freed.add(self.on_the_way[i].made_at(layer))
 
         with all_cores(self.model.cfg.device) as cores:
             for i, of in enumerate(self.on_the_way):
