@@ -684,7 +684,7 @@ def test_an_expert_of_nan_in_the_clean_run(hooked: Any, value: float) -> None:
 
 def test_a_null_branch_of_nan(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = CleanRun.of(model_of("olmoe"), prompts(length=6)[0][0])
-    module = importlib.import_module("moe_lens.interventions.replay")
+    module = importlib.import_module("moe_lens.interventions.suffix")
     read_outcomes = module.read_outcomes
 
     def broken(*args: Any) -> dict[str, Tensor]:

@@ -21,11 +21,13 @@ from moe_lens.corpus import bundled_documents
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.replay import Replayed
 from moe_lens.interventions.replay_attend import ReplayAttend
+from moe_lens.interventions.suffix import Suffix
 from tests.families import hf_model, prompts, write_checkpoint
 
 # The function `replay` hides its module in the package.
 attend_module: Any = sys.modules[ReplayAttend.__module__]
 replay_module: Any = sys.modules[Replayed.__module__]
+suffix_module: Any = sys.modules[Suffix.__module__]
 
 VARIANTS = (
     "olmoe",
@@ -199,21 +201,21 @@ def _is_one_position_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = replay_module.starts
+    right = suffix_module.starts
 
     def starts(clean: Any, values: Any, rows: Any, removed: Tensor, *rest: Any) -> Any:
         return right(clean, values, rows, torch.zeros_like(removed), *rest)
 
-    monkeypatch.setattr(replay_module, "starts", starts)
+    monkeypatch.setattr(suffix_module, "starts", starts)
 
 
 def _removes_nothing_at_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = replay_module.starts
+    right = suffix_module.starts
 
     def starts(clean: Any, values: Any, rows: Any, removed: Tensor, *rest: Any) -> Any:
         return right(clean, values, rows, removed & (values.layer != 1), *rest)
 
-    monkeypatch.setattr(replay_module, "starts", starts)
+    monkeypatch.setattr(suffix_module, "starts", starts)
 
 
 def _has_the_other_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +227,7 @@ def _breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     def starts(*_: Any) -> Any:
         raise FloatingPointError("loss is nan at position 3")
 
-    monkeypatch.setattr(replay_module, "starts", starts)
+    monkeypatch.setattr(suffix_module, "starts", starts)
 
 
 @pytest.mark.parametrize(

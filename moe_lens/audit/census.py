@@ -11,7 +11,7 @@ Importance in Mixture-of-Experts Models" (arXiv:2606.10703), section 2; there at
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -32,10 +32,11 @@ from moe_lens.audit.census_document import (
     Settings,
     rows_of,
 )
-from moe_lens.audit.census_plan import CensusPlan, Documents, runs_of
-from moe_lens.audit.census_rows import dtypes_with
+from moe_lens.audit.census_plan import CensusPlan, Documents, no_rows, runs_of
+from moe_lens.audit.census_streamed import PassesOf, require_streamable, streamed_passes
 from moe_lens.audit.census_table import Census, CensusWriter
 from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
+from moe_lens.audit.streamed_noise import streamed_noise_floor
 from moe_lens.interventions.arguments import Layers
 from moe_lens.interventions.branches import Change, How
 from moe_lens.interventions.clean_run import CleanRun, require_no_hooks
@@ -45,6 +46,7 @@ from moe_lens.interventions.outcomes import LogitDifference, check_outcomes
 from moe_lens.interventions.replay import check_shared
 from moe_lens.interventions.spec_base import moe_layers_of
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.out_of_memory import said_what_would_help
 from moe_lens.ranks import ALONE, Ranks
 from moe_lens.routing.arguments import natural_number, positive_integer
@@ -78,6 +80,8 @@ def census(
     save_every: float = 30.0,
     batch_size: int = 8,
     ranks: Ranks = ALONE,
+    streams_budget: int | None = None,
+    spill_directory: str | Path | None = None,
     verbose: bool = False,
 ) -> Census:
     """Change every active expert at every token, one at a time, and record what becomes of the loss.
@@ -86,6 +90,11 @@ def census(
     `document`, `position` (the column), `layer`, `expert`, `rank` (1 the heaviest), `routing_weight` (as applied),
     `gap_norm` (||y - y_changed||_2 of the layer's output), `loss` (nats, clean), `delta_loss` (nats). Positions whose
     next token is missing or padding are no rows.
+
+    A streamed model goes layer by layer: each layer is read once for a group of documents, and the rows are those of
+    the model in memory, bit by bit (`direct` but for its last digit). What needs gradients or passes of its own raises
+    there: `first_order`, scope `sequence` and `later_loss`. The noise floor takes three passes more, one of them by a
+    second streamed model in float32, and so needs a checkpoint that is stored in the model's dtype.
 
     Args:
         model: in float32, bfloat16 or float16, on any device. It must carry no hooks.
@@ -118,6 +127,11 @@ def census(
         batch_size: rows of tokens given as one tensor, at a time; it changes no number.
         ranks: processes that do this together, each with its own model, and the same arguments otherwise; see
             `moe_lens.ranks`. Each takes documents that are not done yet, and writes its own shards to `output`.
+        streams_budget: of a streamed model: bytes of the branches' streams that are held in memory between two layers,
+            2 GiB where nothing is said. A group has as many documents as fit; where one alone does not, the rest of
+            its streams lie in a file. It changes no number.
+        spill_directory: of a streamed model: where that file is made, and removed; None is the system's temporary
+            directory.
         verbose: print the plan, show progress.
 
     Returns:
@@ -140,18 +154,23 @@ def census(
         model, layers, how, scope, reference, seed, shared, outcome, predictors, memory_budget
     )
     noise_samples = natural_number(noise_samples, "noise_samples")
+    if isinstance(model, StreamedMoE):
+        require_streamable(model, settings, noise_samples)
     if n is not None:
         n = positive_integer(n, "n")
     corpus = corpus_of(model, tokens_or_batches, attention_mask, batch_size)
     documents = Documents.of(model, corpus)
     positions = documents.sampled(n, seed)
     settings.change.check_model(model, settings.layers)
-    if settings.null_branch and noise_samples and ranks.first:
+    if settings.null_branch and noise_samples and ranks.first and not isinstance(model, StreamedMoE):
         require_room_for_float32(model)
     plan = CensusPlan.of(model, documents, positions, settings, noise_samples)
+    passes_of = streamed_passes(model, documents, positions, settings, streams_budget, spill_directory)
     verbose = verbose and ranks.first
     if verbose:
         print(plan.describe(corpus.description))
+        if passes_of is not None:
+            print(passes_of(range(len(documents))).describe())
     identity = _identity(model, settings, corpus, documents, n, seed, noise_samples)
     extra = settings.columns
     ranks.agree(identity)
@@ -183,15 +202,20 @@ def census(
             def show(more: int = 0) -> None:
                 progress.update(n_before + made(more) - progress.n)
 
-            for run in ranks.taking(runs_of(due, plan.ablations, _RUNS_PER_RANK * ranks.n)):
-                for number in run:
-                    writer.add_document(
-                        number, _document(model, documents, number, positions[number], settings)
-                    )
-                    show(plan.ablations[number])
+            # A pass over the layers of a streamed model is for as many documents as fit.
+            n_runs = ranks.n if passes_of is not None else _RUNS_PER_RANK * ranks.n
+            for run in ranks.taking(runs_of(due, plan.ablations, n_runs)):
+                for group in _groups(model, documents, positions, settings, run, passes_of, plan, show):
+                    for number, columns in group:
+                        writer.add_document(number, columns)
+                    if passes_of is not None:
+                        # A pass takes long: what it gave is not to wait for the next one's end.
+                        writer.flush()
             writer.together(meanwhile=show)
         done = writer.finished or not ranks.first  # the first rank measures the noise floor for all
-        noise = _noise(model, documents, positions, settings, noise_samples, seed, done, verbose)
+        noise = None
+        if not done:
+            noise = _noise(model, documents, positions, settings, noise_samples, seed, passes_of, verbose)
         return writer.finish(
             {
                 "noise_floor": None if noise is None else asdict(noise),
@@ -293,11 +317,44 @@ def _identity(
         "sample": None if n is None else {"n": n, "seed": seed},
         "memory_budget": settings.memory_budget,
         "noise_samples": noise_samples if settings.null_branch else 0,
+        # The only column that is rounded otherwise where the layers come one at a time.
+        **({"streamed": True} if isinstance(model, StreamedMoE) and "direct" in settings.predictors else {}),
         "versions": {name: version(name) for name in ("moe-lens", "torch", "transformers")},
     }
 
 
 # ---- the run ----
+
+
+def _groups(
+    model: HookedMoE,
+    documents: Documents,
+    positions: Sequence[Int[Tensor, " n"]],
+    settings: Settings,
+    numbers: Sequence[int],
+    passes_of: PassesOf | None,
+    plan: CensusPlan,
+    show: Callable[[int], None],
+) -> Iterator[list[tuple[int, Mapping[str, np.ndarray | Tensor]]]]:
+    """The rows of these documents, of those together that are measured together.
+
+    Args:
+        show: is told how many more ablations were made.
+    """
+    if passes_of is None:
+        for number in numbers:
+            yield [(number, _document(model, documents, number, positions[number], settings))]
+            show(plan.ablations[number])
+        return
+    made, shown = 0.0, 0
+
+    def advance(number: int, share: float) -> None:
+        nonlocal made, shown
+        made += share * plan.ablations[number]
+        show(round(made) - shown)
+        shown = round(made)
+
+    yield from passes_of(numbers).rows(documents, positions, settings, advance)
 
 
 def _document(
@@ -308,11 +365,7 @@ def _document(
     settings: Settings,
 ) -> Mapping[str, np.ndarray | Tensor]:
     if len(places) == 0:
-        return {
-            name: np.zeros(0, dtype)
-            for name, dtype in dtypes_with(settings.columns).items()
-            if name != "document"
-        }
+        return no_rows(settings)
     tokens, real = documents.rows[number]
     try:
         with said_what_would_help(documents.name(number), "shorter documents (max_length)"):
@@ -329,17 +382,22 @@ def _noise(
     settings: Settings,
     noise_samples: int,
     seed: int,
-    finished: bool,
+    passes_of: PassesOf | None,
     verbose: bool,
 ) -> NoiseFloor | None:
-    if finished or not settings.null_branch or noise_samples == 0:
+    if not settings.null_branch or noise_samples == 0:
         return None
-    return noise_floor(
-        model,
-        [(row, places) for row, places in zip(documents.rows, positions, strict=True) if len(places)],
+    measured = [(row, places) for row, places in zip(documents.rows, positions, strict=True) if len(places)]
+    sample: dict[str, Any] = dict(
         layers=settings.layers,
         n_samples=noise_samples,
         seed=seed,
         memory_budget=settings.memory_budget,
         verbose=verbose,
+    )
+    if passes_of is None:
+        return noise_floor(model, measured, **sample)
+    passes = passes_of(())
+    return streamed_noise_floor(
+        passes.model, measured, streams_budget=passes.budget, spill_directory=passes.spill_directory, **sample
     )

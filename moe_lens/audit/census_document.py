@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lens.interventions.branches import Change, single_slots
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.expert_outputs import SHARED
-from moe_lens.interventions.first_order import direct, first_order, loss_gradients
+from moe_lens.interventions.first_order import direct, direct_before_scale, first_order, loss_gradients
 from moe_lens.interventions.outcomes import LogitDifference, Outcome, outcome_names
 from moe_lens.interventions.replay import Branches, Replayed, replay
 from moe_lens.interventions.sequence import everywhere, later_losses
@@ -86,7 +86,7 @@ def rows_of(clean: CleanRun, rows: Int[Tensor, " n"], settings: Settings) -> Col
     layers: dict[int, Columns] = {}
 
     def measured(values: MoEValues) -> None:
-        layers[values.layer] = _of_layer(clean, values, rows, gradients, settings)
+        layers[values.layer] = of_layer(clean, values, rows, gradients, settings)
 
     if settings.scope == "token":
         _at_one_token(clean, rows, settings, layers, measured)
@@ -95,16 +95,32 @@ def rows_of(clean: CleanRun, rows: Int[Tensor, " n"], settings: Settings) -> Col
             values = clean.moe(layer)
             measured(values)
             layers[layer] |= _at_every_token(clean, values, rows, settings)
+    return joined_layers(layers, settings)
+
+
+def joined_layers(layers: Mapping[int, Columns], settings: Settings) -> Columns:
+    """The columns of all layers, one layer's rows after another's, on the CPU."""
     return {
         name: torch.cat([layers[layer][name].flatten() for layer in settings.layers]).cpu()
         for name in layers[settings.layers[0]]
     }
 
 
-def _of_layer(
-    clean: CleanRun, values: MoEValues, rows: Int[Tensor, " n"], gradients: Tensor | None, settings: Settings
+def of_layer(
+    clean: CleanRun,
+    values: MoEValues,
+    rows: Int[Tensor, " n"],
+    gradients: Tensor | None,
+    settings: Settings,
+    *,
+    is_finished: bool = True,
 ) -> Columns:
-    """What a layer's clean run says of each slot, `[n, slot]`; the shared experts are the last slot."""
+    """What a layer's clean run says of each slot, `[n, slot]`; the shared experts are the last slot.
+
+    Args:
+        is_finished: whether the clean run is known to its end. Otherwise the column `loss` is NaN, and `direct` lacks
+            the final norm's scale (`direct_before_scale`).
+    """
     indices, weights = values.indices[rows], values.weights[rows].float()
     ranks = torch.arange(1, indices.shape[1] + 1, device=rows.device).expand_as(indices)
     predicted: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -113,7 +129,7 @@ def _of_layer(
             assert gradients is not None
             predicted[name] = first_order(gradients, values, rows)
         else:
-            predicted[name] = direct(clean, values, rows)
+            predicted[name] = (direct if is_finished else direct_before_scale)(clean, values, rows)
     if settings.shared:
         gate = values.shared_gate[rows][:, None]
         indices = torch.cat((indices, torch.full_like(indices[:, :1], SHARED)), dim=1)
@@ -149,13 +165,7 @@ def _at_one_token(
     layers: dict[int, Columns],
     measured: Callable[[MoEValues], None],
 ) -> None:
-    k = clean.model.cfg.top_k
-    removed = single_slots(k, rows.device)
-    shared_removed = None
-    if settings.shared:
-        removed = torch.cat((removed, torch.zeros_like(removed[:1])))
-        shared_removed = torch.arange(len(removed), device=rows.device) == k
-    branches = [Branches(layer, removed, shared_removed) for layer in settings.layers]
+    branches = token_branches(settings, clean.model.cfg.top_k, rows.device)
     result = replay(
         clean,
         branches,
@@ -166,6 +176,35 @@ def _at_one_token(
         memory_budget=settings.memory_budget,
         on_layer=measured,
     )
+    add_changes(clean, rows, settings, result, layers)
+    if "later_loss" not in settings.outcomes:
+        return
+    for of in branches:
+        # Computed once more, because those of all layers together are large.
+        values = clean.moe(of.layer)
+        layers[of.layer]["delta_later_loss"] = torch.stack(
+            [_later(clean, values, row, of.removed, of.shared_removed, settings) for row in rows.tolist()]
+        )
+
+
+def token_branches(settings: Settings, k: int, device: torch.device) -> list[Branches]:
+    """Of each layer: every slot changed alone, and the shared experts where they have rows."""
+    removed = single_slots(k, device)
+    shared_removed = None
+    if settings.shared:
+        removed = torch.cat((removed, torch.zeros_like(removed[:1])))
+        shared_removed = torch.arange(len(removed), device=device) == k
+    return [Branches(layer, removed, shared_removed) for layer in settings.layers]
+
+
+def add_changes(
+    clean: CleanRun,
+    rows: Int[Tensor, " n"],
+    settings: Settings,
+    result: Replayed,
+    layers: dict[int, Columns],
+) -> None:
+    """Add the columns of what came of `token_branches`."""
     for i, layer in enumerate(settings.layers):
         layers[layer]["gap_norm"] = result.gap_norm[i]
         layers[layer]["delta_loss"] = result.delta_loss[i]
@@ -173,12 +212,6 @@ def _at_one_token(
             null = (result.null["loss"][i] - result.clean_loss)[:, None]
             layers[layer]["null_delta_loss"] = null.expand_as(result.gap_norm[i])
         layers[layer] |= _changes(clean, rows, settings.read, result, i)
-        if "later_loss" in settings.outcomes:
-            # Computed once more, because those of all layers together are large.
-            values = clean.moe(layer)
-            layers[layer]["delta_later_loss"] = torch.stack(
-                [_later(clean, values, row, removed, shared_removed, settings) for row in rows.tolist()]
-            )
 
 
 def _later(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moe_lens.audit.census_document import Settings
+from moe_lens.audit.census_rows import dtypes_with
 from moe_lens.interventions.replay_plan import branch_bytes
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.routing.documents import real_tokens
@@ -126,6 +127,15 @@ def _drawn(places: Int[Tensor, " n"], at_most: int, random: np.random.Generator)
     if len(places) <= at_most:
         return places
     return places[np.sort(random.choice(len(places), at_most, replace=False))]
+
+
+def no_rows(settings: Settings) -> dict[str, np.ndarray]:
+    """The columns of a document without positions to measure."""
+    return {
+        name: np.zeros(0, dtype)
+        for name, dtype in dtypes_with(settings.columns).items()
+        if name != "document"
+    }
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ CRITERION = 1.5
 Rows = Sequence[tuple[tuple[Int[Tensor, " pos"], Bool[Tensor, " pos"]], Int[Tensor, " n"]]]
 """Documents as (tokens, mask), each with its tokens that have a next one, as places among its real ones."""
 
+Errors = tuple[float, float, float, float, float]
+"""Of one ablation: effect, replay's error, that without the null branch, the hooked forward's, the null branch's."""
+
 
 @dataclass(frozen=True)
 class NoiseFloor:
@@ -54,6 +57,13 @@ class NoiseFloor:
     replay_error_without_null: float
     hooked_error: float
     null_error: float
+
+    @classmethod
+    def of(cls, found: Sequence[Errors], n_routed_otherwise: int) -> NoiseFloor:
+        """The medians."""
+        medians = np.median(np.array(found), axis=0).tolist() if found else [float("nan")] * 5
+        effect, error, without_null, hooked_error, null_error = medians
+        return cls(len(found), n_routed_otherwise, effect, error, without_null, hooked_error, null_error)
 
     @classmethod
     def in_facts(cls, facts: Mapping[str, Any] | None) -> NoiseFloor | None:
@@ -116,15 +126,9 @@ def noise_floor(
     if not documents:
         raise ValueError("there are no documents to measure the noise floor on")
     require_room_for_float32(model)
-    generator = np.random.default_rng(seed)
-    of_document: dict[int, list[tuple[int, int, int]]] = {}
-    for _ in range(n_samples):
-        number = int(generator.integers(len(documents)))
-        place = int(generator.choice(documents[number][1].numpy()))
-        layer = int(generator.choice(list(layers)))
-        of_document.setdefault(number, []).append((place, layer, int(generator.integers(model.cfg.top_k))))
+    of_document = drawn(documents, layers, model.cfg.top_k, n_samples, seed)
     exact = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer}).float()
-    found: list[tuple[float, float, float, float, float]] = []
+    found: list[Errors] = []
     n_routed_otherwise = 0
     progress = tqdm(total=n_samples, desc="noise floor", unit=" ablations", disable=not verbose)
     for number, samples in of_document.items():
@@ -158,19 +162,40 @@ def noise_floor(
             null = float(half.null["loss"][0][0])
             clean = float(runs[0].loss[place])
             changed = float(half.loss[0][0, 0])
-            found.append(
-                (
-                    abs(truth),
-                    abs(changed - null - truth),
-                    abs(changed - clean - truth),
-                    abs(float(hooked[0, column] - full_loss[column]) - truth),
-                    abs(null - clean),
-                )
-            )
+            found.append(errors(truth, changed, null, clean, float(hooked[0, column] - full_loss[column])))
     progress.close()
-    medians = np.median(np.array(found), axis=0).tolist() if found else [float("nan")] * 5
-    effect, error, without_null, hooked_error, null_error = medians
-    return NoiseFloor(len(found), n_routed_otherwise, effect, error, without_null, hooked_error, null_error)
+    return NoiseFloor.of(found, n_routed_otherwise)
+
+
+def drawn(
+    documents: Rows, layers: Sequence[int], k: int, n_samples: int, seed: int
+) -> dict[int, list[tuple[int, int, int]]]:
+    """A sample of ablations: of each document that has any, their (place, layer, slot)."""
+    generator = np.random.default_rng(seed)
+    of_document: dict[int, list[tuple[int, int, int]]] = {}
+    for _ in range(n_samples):
+        number = int(generator.integers(len(documents)))
+        place = int(generator.choice(documents[number][1].numpy()))
+        layer = int(generator.choice(list(layers)))
+        of_document.setdefault(number, []).append((place, layer, int(generator.integers(k))))
+    return of_document
+
+
+def errors(truth: float, changed: float, null: float, clean: float, hooked_change: float) -> Errors:
+    """Of one ablation.
+
+    Args:
+        truth: the change of the loss in float32.
+        changed, null, clean: the losses of the replay, its null branch and the clean run.
+        hooked_change: of the hooked full forward.
+    """
+    return (
+        abs(truth),
+        abs(changed - null - truth),
+        abs(changed - clean - truth),
+        abs(hooked_change - truth),
+        abs(null - clean),
+    )
 
 
 def _full_loss(model: HookedMoE, tokens: Int[Tensor, " pos"], mask: Bool[Tensor, " pos"]) -> Tensor:

@@ -21,6 +21,7 @@ from moe_lens.interventions.receipt import Receipt, UnfiredIntervention
 from moe_lens.interventions.replay import Branches, Change, Replayed, replay
 from moe_lens.interventions.routes import RouteExperiment, rank_swaps, silence, top_k_sensitivity
 from moe_lens.interventions.spec import Ablate, ForbidExperts, ForceExperts, RouterOnly, SwapRanks, TopK
+from moe_lens.interventions.streamed_replay import ToReplay, replay_documents
 
 __all__ = [
     "Ablate",
@@ -40,6 +41,7 @@ __all__ = [
     "RouteExperiment",
     "RouterOnly",
     "SwapRanks",
+    "ToReplay",
     "TopK",
     "UnfiredIntervention",
     "activation_patch",
@@ -54,6 +56,7 @@ __all__ = [
     "path_patching_hooks",
     "rank_swaps",
     "replay",
+    "replay_documents",
     "run_with_interventions",
     "silence",
     "single_slots",

@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_lens.model.attend import Attend
 from moe_lens.model.hook_point import HookPoint, with_own_hook_points
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import weights_in_memory
 from moe_lens.model.loss import loss_per_token
 from moe_lens.routing.arguments import few
 
@@ -63,8 +64,8 @@ class CleanRun:
         model: what ran.
         tokens: the real ones.
         columns: where they lie in the row they came from; they are the rotary positions too.
-        resid_mid: by layer.
-        keys, values: by layer; keys are rotated.
+        resid_mid: by layer; of layers that are run one at a time, as a dictionary that has the present one alone.
+        keys, values: likewise; keys are rotated.
         final: the stream before the final norm.
         loss: -log p(next token), nats, float32; NaN where the next column is padding or missing.
     """
@@ -72,9 +73,9 @@ class CleanRun:
     model: HookedMoE
     tokens: Int[Tensor, " pos"]
     columns: Int[Tensor, " pos"]
-    resid_mid: list[Float[Tensor, "pos d_model"]]
-    keys: list[Float[Tensor, "pos kv_head d_head"]]
-    values: list[Float[Tensor, "pos kv_head d_value"]]
+    resid_mid: list[Float[Tensor, "pos d_model"]] | dict[int, Float[Tensor, "pos d_model"]]
+    keys: list[Float[Tensor, "pos kv_head d_head"]] | dict[int, Float[Tensor, "pos kv_head d_head"]]
+    values: list[Float[Tensor, "pos kv_head d_value"]] | dict[int, Float[Tensor, "pos kv_head d_value"]]
     final: Float[Tensor, "pos d_model"]
     loss: Float[Tensor, " pos"]
 
@@ -93,31 +94,14 @@ class CleanRun:
                 several; no real token.
             FloatingPointError: the loss is NaN or infinite at a token, which is named.
         """
-        require_no_hooks(model)
-        if not isinstance(tokens, Tensor) or tokens.ndim != 1:
-            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(
-                f"a clean run is of one document: tokens [pos], such as model.to_tokens(text)[0], not {got}"
-            )
-        checked, checked_mask = model.tokens_and_mask(tokens[None], None if mask is None else mask[None])
-        row = checked[0]
-        columns = torch.arange(len(row), device=row.device)
-        if checked_mask is not None:
-            row, columns = row[checked_mask[0]], columns[checked_mask[0]]
-        kept: dict[str, list[Tensor]] = {"resid_mid": [], "keys": [], "values": []}
-        hooks: list[tuple[str, Callable[..., Any]]] = []
-        for layer in range(model.cfg.n_layers):
-            for point, name in (
-                ("hook_resid_mid", "resid_mid"),
-                ("attn.hook_rot_k", "keys"),
-                ("attn.hook_v", "values"),
-            ):
-                hooks.append((f"blocks.{layer}.{point}", _keep_in(kept[name])))
+        row, columns = real_tokens_of(model, tokens, mask)
+        kept = Kept()
         attend = Attend(model.cfg.rotary, (1, len(row)), row.device, positions=columns[None])
-        with model.hooks(hooks):
+        with model.hooks([hook for layer in range(model.cfg.n_layers) for hook in kept.hooks(layer)]):
             final = model.run_blocks(model.embed(row[None]), attend)
-        loss = _next_token_loss(model, final, row, columns)
-        clean = cls(model, row, columns, **kept, final=final[0], loss=loss)
+        loss = next_token_loss(model, final, row, columns)
+        by_layer = {name: list(values.values()) for name, values in vars(kept).items()}
+        clean = cls(model, row, columns, **by_layer, final=final[0], loss=loss)
         clean._require_finite()
         return clean
 
@@ -138,7 +122,12 @@ class CleanRun:
 
     @torch.no_grad()
     def moe(self, layer: int) -> MoEValues:
-        """What an MoE layer did, computed again from the stream that it read."""
+        """What an MoE layer did, computed again from the stream that it read. Of a streamed model the layer is read,
+        unless it is in memory."""
+        with weights_in_memory(self.model, layer):
+            return self._moe(layer)
+
+    def _moe(self, layer: int) -> MoEValues:
         block: Any = self.model.blocks[layer]
         # Branches may be at work in the model's own modules meanwhile: these hooks are for this one run.
         mlp = with_own_hook_points(block.mlp)
@@ -229,19 +218,60 @@ def require_no_hooks(model: HookedMoE) -> None:
         )
 
 
-def _keep_in(values: list[Tensor]) -> Callable[..., None]:
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        values.append(value[0])
+def real_tokens_of(
+    model: HookedMoE, tokens: Int[Tensor, " pos"], mask: Bool[Tensor, " pos"] | None
+) -> tuple[Int[Tensor, " real"], Int[Tensor, " real"]]:
+    """The tokens of one document that a clean run runs, and the columns in which they stand.
 
-    return keep
+    Raises:
+        ValueError: as `CleanRun.of`.
+    """
+    require_no_hooks(model)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"a clean run is of one document: tokens [pos], such as model.to_tokens(text)[0], not {got}"
+        )
+    checked, checked_mask = model.tokens_and_mask(tokens[None], None if mask is None else mask[None])
+    row = checked[0]
+    columns = torch.arange(len(row), device=row.device)
+    return (row, columns) if checked_mask is None else (row[checked_mask[0]], columns[checked_mask[0]])
 
 
-def _next_token_loss(
+class Kept:
+    """What a replay reads of the layers of a clean run, by layer; hooks fill it."""
+
+    def __init__(self) -> None:
+        self.resid_mid: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def hooks(self, layer: int) -> list[tuple[str, Callable[..., None]]]:
+        return [
+            (f"blocks.{layer}.{point}", partial(self._keep, kept, layer))
+            for point, kept in (
+                ("hook_resid_mid", self.resid_mid),
+                ("attn.hook_rot_k", self.keys),
+                ("attn.hook_v", self.values),
+            )
+        ]
+
+    @staticmethod
+    def _keep(kept: dict[int, Tensor], layer: int, value: Tensor, hook: HookPoint) -> None:
+        kept[layer] = value[0]
+
+    def clear(self) -> None:
+        for kept in vars(self).values():
+            kept.clear()
+
+
+def next_token_loss(
     model: HookedMoE,
     final: Float[Tensor, "one pos d_model"],
     tokens: Int[Tensor, " pos"],
     columns: Int[Tensor, " pos"],
 ) -> Float[Tensor, " pos"]:
+    """-log p(next token) of the stream before the final norm, nats; NaN where the next column is not the next token."""
     loss = torch.full(columns.shape, torch.nan, device=columns.device)
     loss[:-1] = loss_per_token(model.unembed(model.ln_final(final)), tokens[None])[0]
     followed = columns[1:] == columns[:-1] + 1

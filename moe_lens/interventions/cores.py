@@ -43,17 +43,21 @@ def _without_gradients(work: Callable[[], T]) -> T:
         return work()
 
 
+def pieces_at_once(device: torch.device) -> int:
+    """How many pieces `all_cores` will work on side by side."""
+    return min(torch.get_num_threads(), _AT_ONCE) if device.type == "cpu" else 1
+
+
 @contextmanager
 def all_cores(device: torch.device) -> Iterator[Cores]:
     """The threads that torch may use, divided among a few pieces at once; on other devices, one after the other.
 
     Torch's number of threads is that of one piece meanwhile, for the whole process, and afterwards what it was.
     """
-    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if n_threads == 1:
+    n, n_threads = pieces_at_once(device), torch.get_num_threads()
+    if n == 1:
         yield Cores(1, None)
         return
-    n = min(n_threads, _AT_ONCE)
     torch.set_num_threads(n_threads // n)
     try:
         with ThreadPoolExecutor(n) as pool:

@@ -90,13 +90,30 @@ def direct(
     clean: CleanRun, values: MoEValues, rows: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"] | None]:
     """What every slot, and the shared experts, add to the next token's logit beyond the mean logit; logits."""
-    model = clean.model
     with torch.no_grad():
-        unembedding = model.unembed.weight
-        # Never all of it in float32: for a large vocabulary that is gigabytes.
-        wanted = unembedding[clean.next_tokens[rows]].float() - unembedding.mean(dim=0, dtype=torch.float32)
-        scale = (clean.final[rows].float().square().mean(dim=-1, keepdim=True) + model.cfg.eps).sqrt()
-        return _read(wanted * model.ln_final.w.float() / scale, values, rows)
+        return _read(_next_token_directions(clean, rows) / final_scale(clean, rows), values, rows)
+
+
+def direct_before_scale(
+    clean: CleanRun, values: MoEValues, rows: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"] | None]:
+    """`direct` times `final_scale`, for a clean run whose final stream is not known yet."""
+    with torch.no_grad():
+        return _read(_next_token_directions(clean, rows), values, rows)
+
+
+def _next_token_directions(clean: CleanRun, rows: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+    model = clean.model
+    unembedding = model.unembed.weight
+    # Never all of it in float32: for a large vocabulary that is gigabytes.
+    wanted = unembedding[clean.next_tokens[rows]].float() - unembedding.mean(dim=0, dtype=torch.float32)
+    return wanted * model.ln_final.w.float()
+
+
+@torch.no_grad()
+def final_scale(clean: CleanRun, rows: Int[Tensor, " n"]) -> Float[Tensor, "n 1"]:
+    """s_final at some tokens, in float32."""
+    return (clean.final[rows].float().square().mean(dim=-1, keepdim=True) + clean.model.cfg.eps).sqrt()
 
 
 def _read(

@@ -29,13 +29,15 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_lens.interventions.branches import Change, Starts, starts
+from moe_lens.interventions.branches import Change
 from moe_lens.interventions.clean_run import CleanRun, MoEValues, require_no_hooks
 from moe_lens.interventions.cores import all_cores
-from moe_lens.interventions.outcomes import Outcome, check_outcomes, read_outcomes
+from moe_lens.interventions.outcomes import Outcome, check_outcomes
 from moe_lens.interventions.replay_attend import ReplayAttend
 from moe_lens.interventions.replay_plan import HELP, ReplayPlan
+from moe_lens.interventions.suffix import OfRows, Read, Suffix, joined
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.out_of_memory import InParts
 
 
@@ -143,9 +145,9 @@ def replay(
             where memory ran out meanwhile.
 
     Raises:
-        ValueError: a model with hooks, a layer without experts, a mask of another shape, a token without a next one,
-            every slot removed where the rest would take over (`renormalize`), or too many for `reroute`; two outcomes
-            of one name.
+        ValueError: a streamed model (see `replay_documents`), one with hooks, a layer without experts, a mask of
+            another shape, a token without a next one, every slot removed where the rest would take over
+            (`renormalize`), or too many for `reroute`; two outcomes of one name.
         FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
         NotEnoughMemory: the branches of one layer at one token do not fit.
     """
@@ -154,10 +156,13 @@ def replay(
     rows = clean.has_next.nonzero()[:, 0] if rows is None else rows
     device = clean.tokens.device
     rows, branches = rows.to(device), [of.to(device) for of in branches]
-    _check(clean, branches, rows, change)
-    check_outcomes(outcomes, clean.model.cfg.d_vocab)
-    parts: list[list[_Read]] = [[] for _ in branches]
-    nulls: list[list[_Read]] = [[] for _ in branches]
+    if isinstance(clean.model, StreamedMoE):
+        raise ValueError(
+            "the layers of a streamed model come one at a time: replay_documents(model, documents) replays there"
+        )
+    check_replay(clean, branches, rows, change, outcomes)
+    parts: list[list[Read]] = [[] for _ in branches]
+    nulls: list[list[Read]] = [[] for _ in branches]
     experts: dict[int, Tensor] = {}
     with all_cores(rows.device) as cores:
         budget = max(1, memory_budget // cores.n)
@@ -165,7 +170,7 @@ def replay(
         plan = ReplayPlan.make(clean.model, sizes, len(rows), len(clean.tokens), budget, null_branch, cores.n)
         of_groups = InParts("layers' branches of a replay", HELP)
         of_rows = InParts("rows of a replay", HELP, plan.rows_at_once)
-        at_work: deque[tuple[list[int], list[Future[list[_OfRows]]]]] = deque()
+        at_work: deque[tuple[list[int], list[Future[list[OfRows]]]]] = deque()
 
         def take_oldest() -> None:
             group, futures = at_work.popleft()
@@ -182,7 +187,7 @@ def replay(
                 if on_layer is not None:
                     on_layer(layer_values)
 
-            def run(chosen: slice) -> _OfRows:
+            def run(chosen: slice) -> OfRows:
                 suffix = _Suffix(clean, rows[chosen], change, of_layer)
                 at_rows = [(branches[i], branches[i].at(chosen, len(rows[chosen]))) for i in group]
                 return suffix.run(at_rows, outcomes, null_branch, budget)
@@ -198,40 +203,12 @@ def replay(
             of_groups.run(lambda part, group=group: begin(group[part]), len(group))
         while at_work:
             take_oldest()
-    joined = [_joined(part) for part in parts]
-    joined_nulls = [_joined(part) for part in nulls] if null_branch else None
-    result = Replayed(
-        columns=clean.columns[rows],
-        clean_loss=clean.loss[rows],
-        outcomes={name: [part.outcomes[name] for part in joined] for name in joined[0].outcomes},
-        gap_norm=[part.gap_norm for part in joined],
-        experts=[experts[of.layer] for of in branches],
-        null=None
-        if joined_nulls is None
-        else {name: [n.outcomes[name][:, 0] for n in joined_nulls] for name in joined_nulls[0].outcomes},
-    )
-    _require_finite(result, branches)
-    return result
-
-
-@dataclass(frozen=True)
-class _Read:
-    outcomes: dict[str, Float[Tensor, "n branch"]]
-    gap_norm: Float[Tensor, "n branch"]
-
-
-_OfRows = tuple[list[_Read], list[_Read] | None]
-"""Of some rows: what is read of each of the branches, in their order; and of the null branch beside each."""
-
-
-def _joined(parts: Sequence[_Read]) -> _Read:
-    outcomes = {name: torch.cat([part.outcomes[name] for part in parts]) for name in parts[0].outcomes}
-    return _Read(outcomes, torch.cat([part.gap_norm for part in parts]))
+    return assembled(clean, rows, branches, parts, nulls if null_branch else None, experts)
 
 
 @dataclass
 class _Suffix:
-    """Branches at a few tokens, from the first changed layer to the logits."""
+    """Branches at a few tokens, from the first changed layer to the logits, with all layers in memory."""
 
     clean: CleanRun
     rows: Int[Tensor, " n"]
@@ -244,60 +221,65 @@ class _Suffix:
         outcomes: Sequence[Outcome],
         null_branch: bool,
         memory_budget: int,
-    ) -> _OfRows:
+    ) -> OfRows:
         """What is read where all these branches end."""
-        model, attend = self.clean.model, ReplayAttend(self.clean, self.rows)
-        first = min(of.layer for of, _ in branches)
+        attend = ReplayAttend(self.clean, self.rows)
+        suffix = Suffix(self.rows, self.change, branches, null_branch)
         streams: Float[Tensor, "n branch d_model"] | None = None
-        places: dict[int, slice] = {}
-        nulls: dict[int, slice] = {}
-        gaps: dict[int, Tensor] = {}
-        for layer in range(first, model.cfg.n_layers):
-            if streams is not None:
-                streams = model.blocks[layer](streams, attend)
-            joining = []
-            width = 0 if streams is None else streams.shape[1]
-            if null_branch and any(of.layer == layer for of, _ in branches):
-                # One for each layer: a branch that came from further up would carry the rounding of more layers.
-                k = self.values[layer].indices.shape[1]
-                nothing = torch.zeros(len(self.rows), 1, k, dtype=torch.bool, device=self.rows.device)
-                joining.append(self._starts(layer, nothing, None).streams)
-                nulls[layer] = slice(width, width + 1)
-                width += 1
-            for i, (of, removed) in enumerate(branches):
-                if of.layer != layer:
-                    continue
-                start = self._starts(layer, removed, of.shared_removed)
-                places[i], gaps[i] = slice(width, width + removed.shape[1]), start.gap_norm
-                width += removed.shape[1]
-                joining.append(start.streams)
-            if joining:
-                streams = torch.cat(([] if streams is None else [streams]) + joining, dim=1)
+        for layer in range(suffix.first_layer, self.clean.model.cfg.n_layers):
+            streams = suffix.step(self.clean, layer, streams, attend, self.values.get(layer))
         assert streams is not None
-        read = read_outcomes(self.clean, self.rows, streams, outcomes, memory_budget)
-        of_branches = [
-            _Read({name: value[:, places[i]] for name, value in read.items()}, gaps[i])
-            for i in range(len(branches))
-        ]
-        if not null_branch:
-            return of_branches, None
-        nothing_changed = torch.zeros_like(read["loss"][:, :1])
-        of_nulls = [
-            _Read({name: value[:, nulls[of.layer]] for name, value in read.items()}, nothing_changed)
-            for of, _ in branches
-        ]
-        return of_branches, of_nulls
+        return suffix.finish(self.clean, streams, outcomes, memory_budget)
 
-    def _starts(
-        self, layer: int, removed: Bool[Tensor, "n branch k"], shared: Bool[Tensor, " branch"] | None
-    ) -> Starts:
-        return starts(self.clean, self.values[layer], self.rows, removed, self.change, shared)
+
+def assembled(
+    clean: CleanRun,
+    rows: Int[Tensor, " n"],
+    branches: Sequence[Branches],
+    parts: Sequence[Sequence[Read]],
+    nulls: Sequence[Sequence[Read]] | None,
+    experts: Mapping[int, Int[Tensor, "n k"]],
+) -> Replayed:
+    """What came of a replay, of what was read of each `Branches` at runs of its rows.
+
+    Args:
+        clean, rows, branches: of the replay.
+        parts: of each `Branches`, what was read, in the order of the rows.
+        nulls: of the null branch beside each; None where none ran.
+        experts: in the slots, at each layer that is changed.
+
+    Raises:
+        FloatingPointError: an outcome is NaN or infinite; its position, layer and branch are named.
+    """
+    whole = [joined(part) for part in parts]
+    whole_nulls = None if nulls is None else [joined(part) for part in nulls]
+    result = Replayed(
+        columns=clean.columns[rows],
+        clean_loss=clean.loss[rows],
+        outcomes={name: [part.outcomes[name] for part in whole] for name in whole[0].outcomes},
+        gap_norm=[part.gap_norm for part in whole],
+        experts=[experts[of.layer] for of in branches],
+        null=None
+        if whole_nulls is None
+        else {name: [n.outcomes[name][:, 0] for n in whole_nulls] for name in whole_nulls[0].outcomes},
+    )
+    _require_finite(result, branches)
+    return result
 
 
 # ---- checks ----
 
 
-def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, " n"], change: Change) -> None:
+def check_replay(
+    clean: CleanRun,
+    branches: Sequence[Branches],
+    rows: Int[Tensor, " n"],
+    change: Change,
+    outcomes: Sequence[Outcome],
+) -> None:
+    """Raises:
+    ValueError: what is asked for makes no sense; see `replay`.
+    """
     cfg = clean.model.cfg
     require_no_hooks(clean.model)
     if not branches:
@@ -340,6 +322,7 @@ def _check(clean: CleanRun, branches: Sequence[Branches], rows: Int[Tensor, " n"
                     f"shared_removed must be [{of.n_branches}], one for each branch, not "
                     f"{tuple(of.shared_removed.shape)}"
                 )
+    check_outcomes(outcomes, cfg.d_vocab)
 
 
 def check_shared(model: HookedMoE, change: Change) -> None:

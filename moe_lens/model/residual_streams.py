@@ -22,11 +22,12 @@ class ResidualStreams:
     """A stream for each batch, on the CPU; a context manager, which removes its file at the end.
 
     Args:
-        shapes: (batch, pos) of each batch.
+        shapes: (batch, pos) of each batch; what is put there may have fewer positions at first.
         d_model: of the model.
         dtype: of the streams.
         budget: bytes that are held in memory; the batches that do not fit lie in a mapped file.
         directory: where the file's temporary directory is made; None is the system's. On a RAM disk it saves nothing.
+        budget_name: what whoever runs calls the budget, for the error.
 
     Attributes:
         bytes_in_memory, bytes_in_file: what the streams take.
@@ -42,10 +43,14 @@ class ResidualStreams:
         dtype: torch.dtype,
         budget: int,
         directory: str | Path | None = None,
+        *,
+        budget_name: str = "memory_budget",
     ):
-        self._dtype, self._directory = dtype, directory
+        self._dtype, self._directory, self._budget_name = dtype, directory, budget_name
         self._in_memory: dict[int, Tensor] = {}
         self._in_file: dict[int, tuple[int, tuple[int, int, int]]] = {}
+        """Where each stream in the file begins, and the shape of what is there."""
+        self._shapes = [(*shape, d_model) for shape in shapes]
         self._file: Tensor | None = None
         self._contexts = ExitStack()
         self.bytes_in_memory, n_in_file = 0, 0
@@ -77,7 +82,7 @@ class ResidualStreams:
                 raise OSError(
                     error.errno,
                     f"there is no room for {self.bytes_in_file:,} bytes of residual streams in {folder!r} "
-                    f"({error.strerror}); give another spill_directory or a larger memory_budget",
+                    f"({error.strerror}); give another spill_directory or a larger {self._budget_name}",
                 ) from error
             self._file = torch.from_file(str(path), shared=True, size=self._n_in_file, dtype=self._dtype)
         return self
@@ -89,6 +94,10 @@ class ResidualStreams:
 
     def __setitem__(self, number: int, stream: Float[Tensor, "batch pos d_model"]) -> None:
         if number in self._in_file:
+            start, _ = self._in_file[number]
+            assert math.prod(stream.shape) <= math.prod(self._shapes[number])
+            n_batch, n_pos, d_model = stream.shape
+            self._in_file[number] = start, (n_batch, n_pos, d_model)
             self._place(number).copy_(stream)
         else:
             self._in_memory[number] = stream.detach().to("cpu", self._dtype)

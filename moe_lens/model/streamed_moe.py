@@ -142,6 +142,15 @@ class StreamedMoE(HookedMoE):
         `seconds_reading`, and `peak_bytes` of the layers' memory."""
         return self._required_store().counts
 
+    @property
+    def layer_memory(self) -> int:
+        """Bytes that layers take while they run: two of them, and the piece that is being converted."""
+        return self._required_store().bytes_needed
+
+    def stored_bytes(self, layers: Sequence[int]) -> int:
+        """How many bytes are read from disk for these layers."""
+        return self._required_store().stored_bytes(layers)
+
     def _required_store(self) -> LayerSource:
         """Where its layers come from.
 
