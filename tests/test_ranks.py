@@ -569,3 +569,22 @@ def test_alone(tmp_path: Path) -> None:
     ALONE.agree({"a": 1})
     ALONE.require_shared(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ---- a model whose layers stay on disk ----
+
+
+@pytest.mark.parametrize("name", ["contributions", "census"])
+def test_streamed_on_ranks(command: Callable[..., list[str]], tmp_path: Path, name: str) -> None:
+    """The numbers of the model in memory, however many ranks read it."""
+    in_memory, streamed = tmp_path / "in memory", tmp_path / "streamed"
+    more = ["--shards", "3"] if name == "contributions" else []
+    assert cli.main(command(name, in_memory, *more)) == 0
+    arguments = command(name, streamed, *more, "--stream")
+    ended = on_ranks(2, lambda _: cli.main(arguments), tmp_path)
+    assert [rank.status for rank in ended] == [0, 0], ended
+    if name == "contributions":
+        assert contents(streamed) == contents(in_memory)
+    else:
+        tables = [Census.load(folder / "census").to_pandas() for folder in (in_memory, streamed)]
+        assert tables[0].to_numpy().tobytes() == tables[1].to_numpy().tobytes()
