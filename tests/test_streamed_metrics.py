@@ -16,6 +16,7 @@ from moe_lens.audit.census import census
 from moe_lens.audit.metric_table import MetricTable
 from moe_lens.audit.metrics import expert_metrics, metric_names
 from moe_lens.audit.redistribution import redistribution
+from moe_lens.audit.verification import verify
 from moe_lens.interventions import (
     Ablate,
     ExpertReference,
@@ -315,6 +316,10 @@ def _metric(logits: Tensor) -> Tensor:
         (
             lambda model, tokens: attribution_patch(model, tokens, tokens.flip(0), _metric),
             "attribution patching needs gradients, and a streamed model has none: .* without stream=True",
+        ),
+        (
+            lambda model, tokens: verify(model, "anywhere", tokens),
+            "a comparison with transformers needs the weights of several layers at a time, .* without stream=True",
         ),
         (
             lambda model, tokens: path_patch(model, tokens, tokens.flip(0), "heads", metric=_metric),

@@ -32,6 +32,7 @@ from moe_lens.audit.checks import (
     their_run,
 )
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_weights import require_all_layers
 from moe_lens.model.text import Text
 from moe_lens.routing.documents import real_tokens
 
@@ -117,10 +118,11 @@ def verify(
 
     Raises:
         ValueError: too few tokens; a reference of another dtype, vocabulary or kind; a model all of whose
-            experts are always active.
+            experts are always active; a streamed model.
 
     Source: "From Observation to Intervention: A Causal Audit of Expert Importance in Mixture-of-Experts Models".
     """
+    require_all_layers(model, "a comparison with transformers")
     tokens, mask = model.tokens_and_mask(tokens_or_text, attention_mask, prepend_bos=prepend_bos)
     real = real_tokens(tokens, mask)
     has_next = real[:, :-1] & real[:, 1:]

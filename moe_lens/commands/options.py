@@ -22,6 +22,7 @@ def add_precision(parser: argparse.ArgumentParser, *, streams: bool = True) -> N
     """`--dtype` and `--device`; and `--stream`, for a command that can do without all layers in memory."""
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--device", help="default: a CUDA device where there is one, else the CPU")
+    parser.set_defaults(stream=False)
     if streams:
         parser.add_argument(
             "--stream",

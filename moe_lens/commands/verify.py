@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         "verify", help="compare a checkpoint with transformers, and try interventions"
     )
     add_model(parser)
-    add_precision(parser)
+    add_precision(parser, streams=False)  # transformers takes the whole checkpoint beside it
     parser.add_argument(
         "--text-file", type=Path, help="text to run, paragraphs as documents (default: bundled)"
     )
