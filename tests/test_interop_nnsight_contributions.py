@@ -379,7 +379,7 @@ def test_settings_of_the_counterpart_are_served_or_refused() -> None:
     """A setting that it gets is one or the other: none is taken and does nothing."""
     ours = set(inspect.signature(routing_contributions).parameters)
     its = set(inspect.signature(counterpart.routing_contributions).parameters)
-    refused = {"rank_shift", "source_axis", "max_positions", "memory_budget", "save_every"}
+    refused = {"rank_shift", "source_axis", "max_positions", "memory_budget", "save_every", "shards"}
     assert its - ours == {"model", *refused}
     assert ours - its == {"lm", "batches_per_job", "remote", "others"}
 

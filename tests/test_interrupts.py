@@ -33,6 +33,14 @@ from tests.test_contribution_runs import five_batches
 # ---- interrupts ----
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_answered() -> Iterator[None]:
+    """As at a terminal: a shell starts what runs in the background with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt(number: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), number)
 
