@@ -16,10 +16,12 @@ from torch import Tensor
 
 from moe_lens.interventions import TopK
 from moe_lens.model.streamed_moe import OnDisk
+from moe_lens.ranks import Ranks
 from moe_lens.routing import parts
 from moe_lens.routing.contributions import corpus_of, routing_contributions
 from moe_lens.routing.held import Held
 from moe_lens.routing.listener import NEURON_CHECKS, Listener
+from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.receivers import LookAhead
 from moe_lens.routing.runs import Group
 from moe_lens.routing.senders import GRANULARITIES
@@ -437,3 +439,34 @@ def test_in_shards(streamed: Any, hooked: Any, tmp_path: Path) -> None:
         for number, model in enumerate((streamed("olmoe"), hooked("olmoe")))
     ]
     assert_same(*results)
+
+
+def test_progress_and_plan_of_shards_are_of_what_is_run(
+    streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Batches times layers, counted as they go through them; and all that the shards read."""
+    model, batches = streamed("olmoe"), five_batches()
+    weights_fingerprint(model)
+    counts, n_layers, steps = model.read_counts, max(model.cfg.moe_layers) + 1, []
+    layers_before, bytes_before = counts.layers_read, counts.bytes_read
+    counter = Ranks.counter
+
+    def counted(self: Ranks) -> Any:
+        add = counter(self)
+
+        def noting(more: int) -> int:
+            steps.extend([counts.layers_read - layers_before] * more)
+            return add(more)
+
+        return noting
+
+    monkeypatch.setattr(Ranks, "counter", counted)
+    routing_contributions(model, batches, shards=Shards(tmp_path / "shards", number=2), verbose=True)
+    assert len(steps) == len(batches) * n_layers
+    # Two of the batches are in the first shard. While they are in a layer, the next is read.
+    assert all(n_read <= min(step // 2 + 2, n_layers) for step, n_read in enumerate(steps[: 2 * n_layers]))
+    printed = capsys.readouterr()
+    said = re.search(r"for itself: ([\d.]+) MiB from disk", printed.out)
+    assert said is not None
+    assert float(said[1]) == pytest.approx((counts.bytes_read - bytes_before) / 2**20, abs=0.05)
+    assert f"{len(steps)}/{len(steps)}" in printed.err
