@@ -225,6 +225,7 @@ class LayerStore:
                 for stored in self._stored.get(layer, ()):
                     if stored.file != opened:
                         self._close(descriptor, opened)
+                        descriptor = -1
                         descriptor, opened = self._open(stored.file), stored.file
                     view = weights[stored.parameter].as_strided(
                         stored.shape,

@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lens.converters import NotEnoughMemory
 from moe_lens.interventions import TopK
-from moe_lens.model.streamed_moe import OnDisk
+from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
+from moe_lens.ranks import Ranks
 from moe_lens.routing import parts
 from moe_lens.routing.contributions import corpus_of, routing_contributions
 from moe_lens.routing.held import Held
 from moe_lens.routing.listener import NEURON_CHECKS, Listener
+from moe_lens.routing.provenance import weights_fingerprint
 from moe_lens.routing.receivers import LookAhead
 from moe_lens.routing.runs import Group
 from moe_lens.routing.senders import GRANULARITIES
@@ -28,6 +31,7 @@ from moe_lens.routing.streamed_runs import StreamedPlan
 from moe_lens.routing.streaming import ContributionAccumulator
 from tests.checkpoints import load
 from tests.families import FAMILIES
+from tests.fault_cases import OF_A_GPU
 from tests.routing_cases import Batch, assert_close_results, assert_same_results, corpus
 from tests.test_contribution_runs import Killed, dies_in_forward, five_batches
 
@@ -437,3 +441,96 @@ def test_in_shards(streamed: Any, hooked: Any, tmp_path: Path) -> None:
         for number, model in enumerate((streamed("olmoe"), hooked("olmoe")))
     ]
     assert_same(*results)
+
+
+def test_progress_and_plan_of_shards_are_of_what_is_run(
+    streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Batches times layers, counted as they go through them; and all that the shards read."""
+    model, batches = streamed("olmoe"), five_batches()
+    weights_fingerprint(model)
+    counts, n_layers, steps = model.read_counts, max(model.cfg.moe_layers) + 1, []
+    layers_before, bytes_before = counts.layers_read, counts.bytes_read
+    counter = Ranks.counter
+
+    def counted(self: Ranks) -> Any:
+        add = counter(self)
+
+        def noting(more: int) -> int:
+            steps.extend([counts.layers_read - layers_before] * more)
+            return add(more)
+
+        return noting
+
+    monkeypatch.setattr(Ranks, "counter", counted)
+    routing_contributions(model, batches, shards=Shards(tmp_path / "shards", number=2), verbose=True)
+    assert len(steps) == len(batches) * n_layers
+    # Two of the batches are in the first shard. While they are in a layer, the next is read.
+    assert all(n_read <= min(step // 2 + 2, n_layers) for step, n_read in enumerate(steps[: 2 * n_layers]))
+    printed = capsys.readouterr()
+    said = re.search(r"for itself: ([\d.]+) MiB from disk", printed.out)
+    assert said is not None
+    assert float(said[1]) == pytest.approx((counts.bytes_read - bytes_before) / 2**20, abs=0.05)
+    assert f"{len(steps)}/{len(steps)}" in printed.err
+
+
+@pytest.mark.parametrize("n_readings", [1, 2])
+def test_memory_that_runs_out_in_a_group(
+    streamed: Any,
+    hooked: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    n_readings: int,
+) -> None:
+    """Fewer batches go through the layers together, with the same numbers; where some were added, the run ends, and
+    goes on from the groups before."""
+    model, batches = streamed("olmoe"), five_batches()
+    how: dict[str, Any] = dict(by="neuron", rank_shift=n_readings == 2)
+    expected = routing_contributions(hooked("olmoe"), batches, **how)
+    run_corpus, seen, tried = StreamedMoE.run_corpus, Listener._stream_seen, []
+
+    def counted(self: Any, given: Any, *args: Any, **more: Any) -> Any:
+        tried.append(len(given))
+        return run_corpus(self, given, *args, **more)
+
+    def limited(self: Listener, place: int, value: Tensor) -> None:
+        if tried[-1] > 2 and place == 1:
+            raise OF_A_GPU
+        seen(self, place, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamedMoE, "run_corpus", counted)
+        patched.setattr(Listener, "_stream_seen", limited)
+        if n_readings == 1:
+            assert_same_results(routing_contributions(model, batches, **how), expected)
+            assert tried == [5, 2, 2, 1]
+            assert (
+                "ran out at 5 batches that go through the layers together" in caplog.records[0].getMessage()
+            )
+            return
+        with pytest.raises(
+            NotEnoughMemory, match=r"ran out at 5 batches .*what would help: a smaller memory_b"
+        ):
+            routing_contributions(model, batches, **how, state=tmp_path / "state")
+    assert tried == [5, 5]
+    assert not (tmp_path / "state").exists()
+    assert_same_results(routing_contributions(model, batches, **how, state=tmp_path / "state"), expected)
+
+
+def test_memory_that_runs_out_when_some_of_a_group_were_added(
+    streamed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They would be added twice."""
+    finish, n_finished = Listener.finish, []
+
+    def limited(self: Listener) -> None:
+        if len(n_finished) == 2:
+            raise OF_A_GPU
+        finish(self)
+        n_finished.append(1)
+
+    monkeypatch.setattr(Listener, "finish", limited)
+    with pytest.raises(NotEnoughMemory, match="ran out at 5 batches"):
+        routing_contributions(streamed("olmoe"), five_batches(), state=tmp_path / "state")
+    assert not (tmp_path / "state").exists()

@@ -17,7 +17,7 @@ from moe_lens.converters import CheckpointChanged, CheckpointMismatch
 from moe_lens.converters.checkpoint import SINGLE
 from moe_lens.converters.layer_store import LayerStore
 from moe_lens.interventions import TopK
-from moe_lens.model import residual_streams
+from moe_lens.model import residual_streams, streamed_moe
 from tests.checkpoints import EXPERT, change_tensors, load
 from tests.families import prompts
 from tests.streamed_cases import (
@@ -117,6 +117,17 @@ def test_a_file_that_changed_is_named(copy: Any, streamed: Any, change: Any, whe
         run()
 
 
+@pytest.mark.parametrize("change", [longer, rewritten, Path.unlink], ids=lambda change: change.__name__)
+def test_the_second_file_of_a_layer_that_changed_is_named(copy: Any, streamed: Any, change: Any) -> None:
+    directory = copy("qwen2_moe_sharded")
+    model = streamed(directory)
+    files = [[*dict.fromkeys(stored.file for stored in of)] for of in model.store._stored.values()]
+    second = next(names[1] for names in files if names[1:])
+    change(directory / second)
+    with pytest.raises(CheckpointChanged, match=rf"{second} {CHANGES[change]}"):
+        model(prompts()[0])
+
+
 def test_a_file_cut_short_while_it_is_read(copy: Any, streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(copy("olmoe"))
     monkeypatch.setattr(os, "preadv", lambda *args: 0)
@@ -179,6 +190,21 @@ def test_errors_of_listeners_leave_nothing_behind(
     assert left == expected[place]
     assert_nothing_is_left(model)
     assert list(tmp_path.iterdir()) == []
+    assert torch.equal(model(prompts()[0]), in_memory("olmoe")(prompts()[0]))
+
+
+def test_an_interrupt_while_a_layer_is_put_in_place(
+    streamed: Any, in_memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(values: Tensor) -> tuple[int, int]:
+        raise KeyboardInterrupt
+
+    model = streamed("olmoe")
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed_moe, "sums_of_bits", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompts()[0])
+    assert_nothing_is_left(model)
     assert torch.equal(model(prompts()[0]), in_memory("olmoe")(prompts()[0]))
 
 

@@ -198,11 +198,11 @@ class StreamedMoE(HookedMoE):
     def _blocks(self, reading: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Generator[Block, None, None]:
         for layer, weights in reading:
             on_disk = {name: self.get_parameter(name) for name in weights}
-            for name in weights:
-                self._put(name, nn.Parameter(weights[name], requires_grad=False))
-            if layer not in self._sums_of_bits:
-                self._sums_of_bits[layer] = {name: sums_of_bits(weights[name]) for name in weights}
             try:
+                for name in weights:
+                    self._put(name, nn.Parameter(weights[name], requires_grad=False))
+                if layer not in self._sums_of_bits:
+                    self._sums_of_bits[layer] = {name: sums_of_bits(weights[name]) for name in weights}
                 yield self.blocks[layer]  # type: ignore[misc]
             finally:
                 for name, parameter in on_disk.items():

@@ -115,7 +115,8 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             for more often.
         batch_size: documents run at once, of texts and of tokens given as one tensor. Where memory runs out at a
             batch, of whatever kind, it is run some documents at a time, which changes numbers by rounding only and is
-            said in the log (`moe_lens.out_of_memory`); a streamed model's batches are not divided.
+            said in the log (`moe_lens.out_of_memory`); of a streamed model fewer batches go through the layers together
+            then, and none is divided.
         allow_incomplete: measure also where the senders are not what the routers read, because hooks edit the stream
             between components; `completeness_error` and `rounding_ratio` then say by how much.
         state: a file in which the run's state is kept; a call with the same arguments goes on from it, and gives the
@@ -136,8 +137,9 @@ def routing_contributions(  # pyright: ignore[reportInconsistentOverload]
             batches that can be gone through only once, or are others each time, where several passes are needed; ranks
             that see different runs; values that are others the second time, where a streamed model takes two readings.
         RankLost: another rank has ended.
-        NotEnoughMemory: one document alone does not fit; or memory ran out when part of a batch had been added to
-            accumulators of more than a quarter of a GiB. The state that is kept is of the batches before.
+        NotEnoughMemory: one document alone does not fit, or of a streamed model one batch; or memory ran out when part
+            of a batch had been added: to accumulators of more than a quarter of a GiB, or in the second reading of a
+            streamed model's layers. The state that is kept is of batches before.
 
     Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", eq. 8-13.
     """

@@ -261,7 +261,13 @@ def accumulator_bytes(
 
 
 class Run:
-    """The passes of a plan, one after the other. Each keeps its state in a file of its own."""
+    """The passes of a plan, one after the other. Each keeps its state in a file of its own.
+
+    Args:
+        settings: of the accumulator.
+        state, save_every, allow_incomplete, verbose: see `routing_contributions`.
+        stepped: called for every step of progress (`Plan.n_steps`), beside the bar.
+    """
 
     def __init__(
         self,
@@ -273,10 +279,11 @@ class Run:
         save_every: float,
         allow_incomplete: bool,
         verbose: bool,
+        stepped: Callable[[], object] = lambda: None,
     ):
         self.model, self.corpus, self.plan, self.settings = model, corpus, plan, settings
         self.state, self.save_every, self.verbose = state, save_every, verbose
-        self.allow_incomplete = allow_incomplete
+        self.allow_incomplete, self._stepped = allow_incomplete, stepped
         if state is not None and not state.absolute().parent.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {str(state.parent)!r} to keep the state {state.name} in"
@@ -334,13 +341,18 @@ class Run:
             disable=not self.verbose,
             unit=self.plan.unit,
         ) as bar:
+
+            def step() -> None:
+                bar.update()
+                self._stepped()
+
             for group in self.plan.groups(number, batches, n_done):
                 is_first, n_batches, n_rows = n_batches == n_done, n_batches + len(group.batches), 0
                 for tokens, mask in group.batches:
                     seen.add(tokens, mask)
                     n_rows += len(tokens)
                 progress.begins(n_batches, seen.hexdigest(), accumulator.n_rows + n_rows)
-                self.plan.run(accumulator, group, self.allow_incomplete, bar.update)
+                self.plan.run(accumulator, group, self.allow_incomplete, step)
                 if n_done and is_first and bool(accumulator.edited) != bool(edited):
                     raise self._other_run(
                         number,

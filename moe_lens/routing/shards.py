@@ -14,7 +14,7 @@ import re
 import reprlib
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
@@ -34,12 +34,13 @@ from moe_lens.routing.provenance import TokenDigest, weights_fingerprint
 from moe_lens.routing.result import RoutingContributions
 from moe_lens.routing.runs import Corpus, Mask, Plan, Run, Tokens, joined_results
 from moe_lens.routing.storage import read_arrays, sync_folder, write_atomically
+from moe_lens.routing.streamed_runs import StreamedPlan, shapes_of
 
 FORMAT = 1
 AT_MOST = 64
 """Shards, unless told otherwise."""
 AT_MOST_STREAMED = 8
-"""And of a model whose layers are on disk: each shard reads them once."""
+"""And of a model whose layers are on disk: each shard reads them for itself."""
 AT_MOST_BYTES = 64 * 2**30
 """That shards take on the disk, unless told otherwise."""
 
@@ -205,10 +206,11 @@ class ShardedRun:
                 f"{free / 2**30:,.1f} GiB are free; ask for fewer (--shards), or name a folder on another disk"
             )
         if self.verbose:
-            print(self._plan(len(wanted), len(missing), n_bytes))
+            print(self._plan(len(wanted), missing, n_bytes))
         return [(piece.chunk, piece.first, piece.end) for piece in missing]
 
-    def _plan(self, n: int, n_missing: int, n_bytes: int) -> str:
+    def _plan(self, n: int, missing: Sequence[_Piece], n_bytes: int) -> str:
+        n_missing = len(missing)
         ranks = f"{self.ranks.n} process{'es' if self.ranks.n > 1 else ''}"
         lines = [
             f"shards: {n}, of which {n - n_missing} are there; {ranks}; they take up to "
@@ -219,8 +221,15 @@ class ShardedRun:
                 f"{self.ranks.n - n_missing} of {ranks} have nothing to do: there can be as many shards as batches "
                 f"({len(self.batches)}; --shards, --batch-size)"
             )
-        if isinstance(self.model, StreamedMoE):
-            lines.append("layers are on disk: each shard reads them once")
+        n_read = 0
+        for piece in missing:
+            plan, corpus = self._run_of(piece)
+            if isinstance(plan, StreamedPlan):
+                n_read += plan.bytes_to_read(shapes_of(corpus) or [])
+        if n_read:
+            lines.append(
+                f"each shard reads the layers for itself: {n_read / 2**20:,.1f} MiB from disk for all that are missing"
+            )
         return "\n".join(lines)
 
     # ---- the run ----
@@ -228,32 +237,39 @@ class ShardedRun:
     def _measure(self, missing: Sequence[_Piece]) -> None:
         """This rank's part of what is missing; returns when the others' is there too."""
         ranks, done = self.ranks, self.ranks.counter()
-        total = sum(piece.end - piece.first for piece in missing)
-        of_all = f"batches of {ranks.n} processes" if ranks.n > 1 else "batches"
-        with tqdm(total=total, disable=not self.verbose, unit=f" {of_all}") as progress:
+        runs = [self._run_of(piece) for piece in missing]
+        total = sum(plan.n_steps(0, corpus, 0) or 0 for plan, corpus in runs)
+        of_all = f"{self.plan.unit} of {ranks.n} processes" if ranks.n > 1 else self.plan.unit
+        with tqdm(total=total, disable=not self.verbose, unit=of_all) as progress:
 
-            def batch_done(more: int = 1) -> None:
+            def stepped(more: int = 1) -> None:
                 progress.update(done(more) - progress.n)
 
             for piece in ranks.taking(missing):
-                for by, result in (results := self._measured(piece, batch_done)).items():
+                for by, result in (results := self._measured(piece, stepped)).items():
                     # A shard's own tokens are in its bounds; the whole's are what results are of.
                     provenance = {**result.provenance, "fingerprints": [self.identities[0]["fingerprint"]]}
                     results[by] = replace(result, provenance=provenance)
                 self._write(piece, results)
-            ranks.wait(meanwhile=lambda: batch_done(0) if self.verbose else None)
+            ranks.wait(meanwhile=lambda: stepped(0) if self.verbose else None)
 
-    def _measured(self, piece: _Piece, batch_done: Any) -> dict[str, RoutingContributions]:
-        batches = _Counted(self.batches[piece.first : piece.end], batch_done)
+    def _run_of(self, piece: _Piece) -> tuple[Plan, Corpus]:
+        """A piece as a run of its own: its one pass, and its batches."""
+        plan = replace(self.plan, chunks=[self.plan.chunks[piece.chunk]])
+        return plan, Corpus(self.batches[piece.first : piece.end], True, self.corpus.description)
+
+    def _measured(self, piece: _Piece, stepped: Callable[[], object]) -> dict[str, RoutingContributions]:
+        plan, corpus = self._run_of(piece)
         return Run(
             self.model,
-            Corpus(batches, True, self.corpus.description),
-            replace(self.plan, chunks=[self.plan.chunks[piece.chunk]]),
+            corpus,
+            plan,
             self.settings,
             state=None,
             save_every=0.0,
             allow_incomplete=self.allow_incomplete,
             verbose=False,
+            stepped=stepped,
         ).results()
 
     def _write(self, piece: _Piece, results: dict[str, RoutingContributions]) -> None:
@@ -308,21 +324,6 @@ class ShardedRun:
             if piece != whole:
                 self._path(piece).unlink(missing_ok=True)
         return merged
-
-
-class _Counted:
-    """Batches that say when each is done: when the next is asked for."""
-
-    def __init__(self, batches: Sequence[tuple[Tokens, Mask | None]], done: Any):
-        self.batches, self.done = batches, done
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tokens, Mask | None]]:
-        for batch in self.batches:
-            yield batch
-            self.done()
 
 
 def _bounds(

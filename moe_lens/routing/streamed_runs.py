@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from moe_lens.corpus import TokenBatches
 from moe_lens.model.corpus_passes import CorpusBatch
 from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
-from moe_lens.out_of_memory import said_what_would_help
+from moe_lens.out_of_memory import InParts
 from moe_lens.routing.held import Held
 from moe_lens.routing.readout import check_receivers
 from moe_lens.routing.receivers import LookAhead
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # Which shares of the memory budget the accumulators may take; the rest is for what batches hold.
 _SHARES = (1 / 4, 1 / 2, 3 / 4)
 
+_HELP = "a smaller memory_budget, a smaller batch_size, shorter documents, fewer granularities at a time"
+
 
 @dataclass
 class StreamedPlan(Plan):
@@ -43,11 +45,13 @@ class StreamedPlan(Plan):
         model: the model.
         held: what batches hold.
         held_budget: how many bytes those of a group may hold together.
+        at_once: how many batches of a group go through the layers together, since memory ran out at more.
     """
 
     model: StreamedMoE
     held: Held
     held_budget: int
+    at_once: int | None = field(default=None, kw_only=True)
 
     unit: ClassVar[str] = "batch-layer"
     # What cuts off a second reading spoils the means that are in memory; and a group takes long.
@@ -180,11 +184,22 @@ class StreamedPlan(Plan):
         allow_incomplete: bool,
         stepped: Callable[[], object],
     ) -> None:
-        with said_what_would_help(
-            f"{len(group.batches)} batch(es) that go through the layers together",
-            "a smaller memory_budget, a smaller batch_size, shorter documents, fewer granularities at a time",
-        ):
-            self._run(accumulator, group, allow_incomplete, stepped)
+        """As `Plan.run`. Where memory runs out and nothing of the group was added yet, fewer of its batches go through
+        the layers together, and of later groups too; no batch is divided."""
+        n_rows = accumulator.n_rows
+
+        def together(part: slice) -> None:
+            nonlocal n_rows
+            n_rows = accumulator.n_rows
+            self._run(accumulator, group._replace(batches=group.batches[part]), allow_incomplete, stepped)
+
+        in_parts = InParts("batches that go through the layers together", _HELP, self.at_once)
+        in_parts.run(
+            together,
+            len(group.batches),
+            can_be_repeated=lambda: accumulator.whole and accumulator.n_rows == n_rows,
+        )
+        self.at_once = in_parts.at_once
 
     def _run(
         self,
