@@ -170,7 +170,8 @@ def census(
     if verbose:
         print(plan.describe(corpus.description))
         if passes_of is not None:
-            print(passes_of(range(len(documents))).describe())
+            floor = noise_samples if settings.null_branch else 0
+            print(passes_of(range(len(documents))).describe(floor))
     identity = _identity(model, settings, corpus, documents, n, seed, noise_samples)
     extra = settings.columns
     ranks.agree(identity)
