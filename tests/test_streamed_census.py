@@ -321,6 +321,8 @@ def test_the_plan_counts_what_no_budget_bounds() -> None:
     """Clean runs are in memory whatever the budget, and a file has nothing of them."""
     passes = census_streamed.Passes(None, [[0], [1, 2]], [100, 60], [30, 10], 5, 20, None)  # type: ignore[arg-type]
     assert (passes.most_held, passes.most_spilled) == (30, 70)
+    both = census_streamed.Passes.joined([passes, replace(passes, longest=9)])
+    assert (both.n_passes, both.most_held, both.longest) == (4, 30, 9)
     passes = replace(passes, budget=200)
     assert (passes.most_held, passes.most_spilled) == (100, 0)
 
@@ -502,7 +504,10 @@ def test_memory_that_runs_out(
     """At any layer, with branches that go on and such that begin: fewer rows at once, and the same branches."""
     (tokens, mask), theirs = corpus(), hooked("qwen2_moe")
     rows = torch.arange(5)
-    branches = [Branches(layer, torch.rand(5, 3, theirs.cfg.top_k) < 0.5) for layer in theirs.cfg.moe_layers]
+    generator, k = torch.Generator().manual_seed(6), theirs.cfg.top_k
+    branches = [
+        Branches(layer, torch.rand(5, 3, k, generator=generator) < 0.5) for layer in theirs.cfg.moe_layers
+    ]
     expected = replay(CleanRun.of(theirs, tokens[2], mask[2]), branches, rows=rows, outcomes=["kl"])
     for most, n_said in ((4, 1), (1, 2)):
         right = Suffix.step
@@ -521,6 +526,9 @@ def test_memory_that_runs_out(
         assert len([r for r in caplog.records if "memory ran out" in r.message]) == n_said
     monkeypatch.setattr(Suffix, "step", lambda *args: torch.empty(2**60))
     with pytest.raises(MemoryError, match="memory ran out at 1 rows of a replay"):
+        replay_documents(streamed("qwen2_moe"), [asked])
+    monkeypatch.setattr(CleanRun, "_moe", lambda *args: torch.empty(2**60))
+    with pytest.raises(MemoryError, match=r"memory ran out at the document .* shorter documents"):
         replay_documents(streamed("qwen2_moe"), [asked])
 
 

@@ -9,7 +9,7 @@ and written as often as there are layers. The numbers are those of a model in me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,17 @@ class Passes:
             spill_directory,
         )
 
+    @staticmethod
+    def joined(parts: Sequence[Passes]) -> Passes:
+        """Those of several processes, one or more."""
+        return replace(
+            parts[0],
+            groups=[group for part in parts for group in part.groups],
+            streams=[size for part in parts for size in part.streams],
+            clean=[size for part in parts for size in part.clean],
+            longest=max(part.longest for part in parts),
+        )
+
     @property
     def n_passes(self) -> int:
         return sum(map(bool, self.streams))
@@ -142,19 +153,21 @@ class Passes:
         sizes = zip(self.streams, self.clean, strict=True)
         return max((max(min(streams, self.budget), clean) for streams, clean in sizes), default=0)
 
-    def describe(self, noise_samples: int = 0) -> str:
+    def describe(self, noise_samples: int = 0, n_processes: int = 1) -> str:
         """For whoever waits for it.
 
         Args:
             noise_samples: of the noise floor; 0 where none is measured.
+            n_processes: that divide the passes.
         """
+        of_each = "" if n_processes == 1 else f" of each of {n_processes} processes"
         model, cfg = self.model, self.model.cfg
         plural = "" if self.n_passes == 1 else "es"
         lines = [
             f"streamed: {self.n_passes:,} pass{plural} over {cfg.n_layers} layers, with "
             f"{max(map(len, self.groups), default=0):,} documents at most; {_gib(self.bytes_read)} to read, after "
             f"what was never read yet is read once for its fingerprint",
-            f"memory beside the branches at work: {_gib(model.layer_memory)} for two layers, "
+            f"memory{of_each} beside the branches at work: {_gib(model.layer_memory)} for two layers, "
             f"{_gib(stays_in_memory(model))} for embeddings and what else stays, "
             f"{_gib(self.most_held)} for the streams between layers (of {_gib(self.budget)}), "
             f"about {_gib(working_bytes(model, self.longest))} for what a document's own run makes",

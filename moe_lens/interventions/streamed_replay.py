@@ -346,11 +346,12 @@ class _Pass:
                 if len(at_work) == 2:
                     take_oldest()
                 with _named(self.documents[i]):
-                    values = of.clean.moe(layer) if layer in of.layers else None
-                    if values is not None:
-                        of.experts[layer] = values.indices[of.rows]
-                        if self.on_layer is not None:
-                            self.on_layer(i, of.clean, values)
+                    with said_what_would_help(self.documents[i].name, _HELP):
+                        values = of.clean.moe(layer) if layer in of.layers else None
+                        if values is not None:
+                            of.experts[layer] = values.indices[of.rows]
+                            if self.on_layer is not None:
+                                self.on_layer(i, of.clean, values)
                     futures = [
                         cores.submit(partial(of.step, piece, layer, values, streams, number))
                         for piece, number in zip(of.pieces, self.numbers[i], strict=True)
