@@ -123,14 +123,19 @@ class Ranks:
                     )
 
     def require_shared(self, folder: Path) -> None:
-        """Refuse a folder that is another one on some machine.
+        """Refuse a folder that is another one on some machine. A process that is alone looks for nothing.
 
         Args:
             folder: which there is.
 
         Raises:
+            FileNotFoundError: there is none.
             OSError: a rank does not see what rank 0 writes there.
         """
+        if self.n == 1:
+            return
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(folder)!r}, for what all ranks write")
         name = self.of_first(f"{SHARED_MARK}{uuid.uuid4().hex}")
         if self.first:
             (folder / name).touch()

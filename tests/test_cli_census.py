@@ -162,6 +162,19 @@ def test_a_killed_run_goes_on(
         assert (out / name).read_text() == (whole / name).read_text()
 
 
+def test_a_streamed_model(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same table; what lies between layers, within the budget and the folder that are named."""
+    spilled, asked = tmp_path / "spilled", ["--positions", "6", "--output"]
+    spilled.mkdir()
+    assert cli.main([*command, *asked, str(tmp_path / "in memory")]) == 0
+    capsys.readouterr()
+    streams = ["--streams-budget", "0.00000001", "--spill-directory", str(spilled)]
+    assert cli.main([*command, "--stream", *streams, *asked, str(tmp_path / "out")]) == 0
+    assert f"in a file in {str(spilled)!r}" in capsys.readouterr().out
+    assert not any(spilled.iterdir())
+    assert_same(*(Census.load(tmp_path / name / "census") for name in ("out", "in memory")))
+
+
 # ---- the reference of mean and resample ----
 
 
@@ -309,6 +322,10 @@ def test_names_and_text_are_escaped(corpus: Path, model_of: Callable[[str], Any]
         (["--positions", "0"], "n="),
         (["--n", "1000"], "1000"),
         (["--memory-budget", "-1"], "--memory-budget -1.0 must be a positive number"),
+        (["--streams-budget", "1"], "--streams-budget is for --stream"),
+        (["--spill-directory", "."], "--spill-directory is for --stream"),
+        (["--stream", "--streams-budget", "0"], "--streams-budget 0.0 must be a positive number"),
+        (["--stream", "--spill-directory", "absent"], "no folder --spill-directory 'absent'"),
         (["--device", "toaster"], "'toaster' is no device"),
         (["--scope", "sequence", "--outcome", "later_loss"], "later_loss is of a change at one token"),
         (

@@ -568,6 +568,7 @@ def test_alone(tmp_path: Path) -> None:
     assert ALONE.gathered({1: (2,)}) == [{"1": [2]}]
     ALONE.agree({"a": 1})
     ALONE.require_shared(tmp_path)
+    ALONE.require_shared(tmp_path / "nowhere")  # who is alone need not look
     assert not list(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moe_lens.interventions.replay import Branches, replay
 from moe_lens.interventions.replay_plan import branch_bytes
 from moe_lens.interventions.streamed_replay import ToReplay, branches_bytes, clean_bytes, replay_documents
 from moe_lens.interventions.suffix import Suffix
-from moe_lens.model import residual_streams
+from moe_lens.model import freed_memory, residual_streams
 from moe_lens.routing.provenance import weights_fingerprint
 from tests.census_cases import SEED, WITH_SHARED, reference_of
 from tests.checkpoints import change_tensors, load
@@ -313,6 +314,17 @@ def test_the_plan_is_printed(streamed: Any, capsys: pytest.CaptureFixture[str], 
     said = capsys.readouterr().out
     assert "streamed: 5 passes over 3 layers" in said
     assert f"in a file in '{tmp_path}'" in said
+    assert "noise floor: three passes" not in said
+
+
+def test_the_plan_counts_what_no_budget_bounds() -> None:
+    """Clean runs are in memory whatever the budget, and a file has nothing of them."""
+    passes = census_streamed.Passes(None, [[0], [1, 2]], [100, 60], [30, 10], 5, 20, None)  # type: ignore[arg-type]
+    assert (passes.most_held, passes.most_spilled) == (30, 70)
+    both = census_streamed.Passes.joined([passes, replace(passes, longest=9)])
+    assert (both.n_passes, both.most_held, both.longest) == (4, 30, 9)
+    passes = replace(passes, budget=200)
+    assert (passes.most_held, passes.most_spilled) == (100, 0)
 
 
 def test_what_is_read_is_what_was_planned(streamed: Any) -> None:
@@ -332,6 +344,21 @@ def test_what_is_read_is_what_was_planned(streamed: Any) -> None:
     assert passes[0].n_passes > 1
     assert model.read_counts.bytes_read - before == passes[0].bytes_read
     assert model.read_counts.peak_bytes <= model.layer_memory
+
+
+def test_freed_memory_goes_back(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every layer; and where documents make much of it, after each at each layer."""
+    calls: list[int] = []
+    monkeypatch.setattr(freed_memory, "_malloc_trim", lambda: calls.append)
+    model = streamed("olmoe")
+    run(model)
+    assert len(calls) == model.cfg.n_layers
+    calls.clear()
+    monkeypatch.setattr(freed_memory, "_GIVE_BACK_EVERY", 1)
+    run(model)
+    n_measured = N_DOCUMENTS - 1
+    # Its clean run, its branches, and in the end its predictions.
+    assert len(calls) == model.cfg.n_layers * (2 * n_measured + 1) + n_measured
 
 
 def test_progress_comes_to_its_end(streamed: Any) -> None:
@@ -366,6 +393,17 @@ def test_noise_floor_is_that_in_memory(streamed: Any, checkpoint: Any, variant: 
         assert floor[name] == pytest.approx(value, rel=1e-3, abs=2e-6), name
     # The census itself, the replays, and the full forward passes; the model in float32 is another.
     assert n_read == 3 * ours.cfg.n_layers
+
+
+def test_noise_floor_in_groups(streamed: Any) -> None:
+    """Where the clean runs of all samples do not fit the budget, fewer go together; the numbers are the same."""
+    model = streamed("olmoe_bf16")
+    together = run(model, noise_samples=3).facts["noise_floor"]
+    made: list[Census] = []
+    n_read = layers_read(model, lambda: made.append(run(model, noise_samples=3, streams_budget=1)))
+    assert made[0].facts["noise_floor"] == together
+    # The documents of the census and the replayed samples each by themselves, the full forward passes together.
+    assert n_read == (N_DOCUMENTS - 1 + 3 + 1) * model.cfg.n_layers
 
 
 def test_no_room_for_the_noise_floor(streamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +504,10 @@ def test_memory_that_runs_out(
     """At any layer, with branches that go on and such that begin: fewer rows at once, and the same branches."""
     (tokens, mask), theirs = corpus(), hooked("qwen2_moe")
     rows = torch.arange(5)
-    branches = [Branches(layer, torch.rand(5, 3, theirs.cfg.top_k) < 0.5) for layer in theirs.cfg.moe_layers]
+    generator, k = torch.Generator().manual_seed(6), theirs.cfg.top_k
+    branches = [
+        Branches(layer, torch.rand(5, 3, k, generator=generator) < 0.5) for layer in theirs.cfg.moe_layers
+    ]
     expected = replay(CleanRun.of(theirs, tokens[2], mask[2]), branches, rows=rows, outcomes=["kl"])
     for most, n_said in ((4, 1), (1, 2)):
         right = Suffix.step
@@ -485,6 +526,9 @@ def test_memory_that_runs_out(
         assert len([r for r in caplog.records if "memory ran out" in r.message]) == n_said
     monkeypatch.setattr(Suffix, "step", lambda *args: torch.empty(2**60))
     with pytest.raises(MemoryError, match="memory ran out at 1 rows of a replay"):
+        replay_documents(streamed("qwen2_moe"), [asked])
+    monkeypatch.setattr(CleanRun, "_moe", lambda *args: torch.empty(2**60))
+    with pytest.raises(MemoryError, match=r"memory ran out at the document .* shorter documents"):
         replay_documents(streamed("qwen2_moe"), [asked])
 
 

@@ -33,7 +33,7 @@ from moe_lens.audit.census_document import (
     rows_of,
 )
 from moe_lens.audit.census_plan import CensusPlan, Documents, no_rows, runs_of
-from moe_lens.audit.census_streamed import PassesOf, require_streamable, streamed_passes
+from moe_lens.audit.census_streamed import Passes, PassesOf, require_streamable, streamed_passes
 from moe_lens.audit.census_table import Census, CensusWriter
 from moe_lens.audit.noise import NoiseFloor, noise_floor, require_room_for_float32
 from moe_lens.audit.streamed_noise import streamed_noise_floor
@@ -93,8 +93,9 @@ def census(
 
     A streamed model goes layer by layer: each layer is read once for a group of documents, and the rows are those of
     the model in memory, bit by bit (`direct` but for its last digit). What needs gradients or passes of its own raises
-    there: `first_order`, scope `sequence` and `later_loss`. The noise floor takes three passes more, one of them by a
-    second streamed model in float32, and so needs a checkpoint that is stored in the model's dtype.
+    there: `first_order`, scope `sequence` and `later_loss`. The noise floor takes three passes more (others where
+    the clean runs of its samples exceed `streams_budget`), one of them by a second streamed model in float32, and so
+    needs a checkpoint that is stored in the model's dtype.
 
     Args:
         model: in float32, bfloat16 or float16, on any device. It must carry no hooks.
@@ -170,7 +171,9 @@ def census(
     if verbose:
         print(plan.describe(corpus.description))
         if passes_of is not None:
-            print(passes_of(range(len(documents))).describe())
+            of_ranks = [passes_of(run) for run in runs_of(range(len(documents)), plan.ablations, ranks.n)]
+            floor = noise_samples if settings.null_branch else 0
+            print(Passes.joined(of_ranks).describe(floor, ranks.n))
     identity = _identity(model, settings, corpus, documents, n, seed, noise_samples)
     extra = settings.columns
     ranks.agree(identity)

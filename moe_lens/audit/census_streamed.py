@@ -9,7 +9,7 @@ and written as often as there are layers. The numbers are those of a model in me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,17 @@ from moe_lens.audit.census_document import (
     token_branches,
 )
 from moe_lens.audit.census_plan import Documents, no_rows
-from moe_lens.audit.streamed_noise import require_streamed_float32
+from moe_lens.audit.streamed_noise import float32_bytes, require_streamed_float32, stays_in_memory
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.first_order import final_scale
-from moe_lens.interventions.streamed_replay import ToReplay, branches_bytes, clean_bytes, replay_documents
+from moe_lens.interventions.streamed_replay import (
+    ToReplay,
+    branches_bytes,
+    clean_bytes,
+    replay_documents,
+    together,
+    working_bytes,
+)
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.routing.arguments import positive_integer
@@ -64,6 +71,8 @@ class Passes:
         model: whose layers are read.
         groups: the documents' numbers; each group is one pass, but those without positions to measure need none.
         streams: of each group, the bytes of its streams after the last layer.
+        clean: those of them that are always in memory, whatever the budget: the clean runs'.
+        longest: tokens of the longest document that is measured.
         budget: the bytes that are held in memory.
         spill_directory: where the rest is; None is the system's temporary directory.
     """
@@ -71,6 +80,8 @@ class Passes:
     model: StreamedMoE
     groups: list[list[int]]
     streams: list[int]
+    clean: list[int]
+    longest: int
     budget: int
     spill_directory: str | Path | None
 
@@ -92,20 +103,34 @@ class Passes:
             positions: of all documents.
         """
         per_position = len(settings.layers) * (model.cfg.top_k + settings.shared + settings.null_branch)
-        groups: list[list[int]] = []
-        streams: list[int] = []
-        for number in numbers:
-            needed = 0
-            if len(positions[number]):
-                needed = branches_bytes(model, len(positions[number]), per_position)
-                needed += clean_bytes(model, int(documents.rows[number][1].sum()))
-            if groups and streams[-1] + needed <= budget:
-                groups[-1].append(number)
-                streams[-1] += needed
-            else:
-                groups.append([number])
-                streams.append(needed)
-        return cls(model, groups, streams, budget, spill_directory)
+        measured = [len(positions[number]) > 0 for number in numbers]
+        lengths = [int(documents.rows[number][1].sum()) for number in numbers]
+        clean = [clean_bytes(model, length) * of for length, of in zip(lengths, measured, strict=True)]
+        streams = [
+            branches_bytes(model, len(positions[number]), per_position) + its
+            for number, its in zip(numbers, clean, strict=True)
+        ]
+        groups = together(streams, budget)
+        return cls(
+            model,
+            [[numbers[i] for i in group] for group in groups],
+            [sum(streams[i] for i in group) for group in groups],
+            [sum(clean[i] for i in group) for group in groups],
+            max((length for length, of in zip(lengths, measured, strict=True) if of), default=0),
+            budget,
+            spill_directory,
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Passes]) -> Passes:
+        """Those of several processes, one or more."""
+        return replace(
+            parts[0],
+            groups=[group for part in parts for group in part.groups],
+            streams=[size for part in parts for size in part.streams],
+            clean=[size for part in parts for size in part.clean],
+            longest=max(part.longest for part in parts),
+        )
 
     @property
     def n_passes(self) -> int:
@@ -118,26 +143,47 @@ class Passes:
 
     @property
     def most_spilled(self) -> int:
-        """Bytes of the largest file of streams."""
-        return max(0, max(self.streams, default=0) - self.budget)
+        """Bytes, about, of the largest file of streams: whole pieces of work lie in it."""
+        sizes = zip(self.streams, self.clean, strict=True)
+        return max([0, *(streams - max(self.budget, clean) for streams, clean in sizes)])
 
-    def describe(self) -> str:
-        cfg = self.model.cfg
-        in_memory = min(max(self.streams, default=0), self.budget)
+    @property
+    def most_held(self) -> int:
+        """Bytes of streams that are in memory at most."""
+        sizes = zip(self.streams, self.clean, strict=True)
+        return max((max(min(streams, self.budget), clean) for streams, clean in sizes), default=0)
+
+    def describe(self, noise_samples: int = 0, n_processes: int = 1) -> str:
+        """For whoever waits for it.
+
+        Args:
+            noise_samples: of the noise floor; 0 where none is measured.
+            n_processes: that divide the passes.
+        """
+        of_each = "" if n_processes == 1 else f" of each of {n_processes} processes"
+        model, cfg = self.model, self.model.cfg
         plural = "" if self.n_passes == 1 else "es"
         lines = [
             f"streamed: {self.n_passes:,} pass{plural} over {cfg.n_layers} layers, with "
             f"{max(map(len, self.groups), default=0):,} documents at most; {_gib(self.bytes_read)} to read, after "
             f"what was never read yet is read once for its fingerprint",
-            f"memory beside the branches at work: {_gib(self.model.layer_memory)} for two layers, "
-            f"{_gib(in_memory)} for the streams between layers (of {_gib(self.budget)})",
+            f"memory{of_each} beside the branches at work: {_gib(model.layer_memory)} for two layers, "
+            f"{_gib(stays_in_memory(model))} for embeddings and what else stays, "
+            f"{_gib(self.most_held)} for the streams between layers (of {_gib(self.budget)}), "
+            f"about {_gib(working_bytes(model, self.longest))} for what a document's own run makes",
         ]
         if self.most_spilled:
             where = (
                 "the temporary directory" if self.spill_directory is None else repr(str(self.spill_directory))
             )
             lines.append(
-                f"spill: up to {_gib(self.most_spilled)} in a file in {where}, for a document whose streams do not fit"
+                f"spill: about {_gib(self.most_spilled)} in a file in {where}, for a document whose streams do not fit"
+            )
+        if noise_samples:
+            lines.append(
+                f"noise floor: three passes more, and others where the clean runs of {noise_samples} samples do "
+                f"not fit the budget; the last by a second streamed model, which takes "
+                f"{_gib(float32_bytes(model))} in float32"
             )
         return "\n".join(lines)
 

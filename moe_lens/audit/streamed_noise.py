@@ -1,7 +1,8 @@
 """The noise floor of a census in half precision on a streamed model; see `moe_lens.audit.noise`.
 
-Each of the three ways in which a sample of ablations is computed is one pass over the layers, for all samples together:
-replay, hooked full forward passes, and replay by a second streamed model, which reads the same checkpoint in float32.
+Each of the three ways in which a sample of ablations is computed is one pass over the layers, for as many samples as
+fit: replay, hooked full forward passes, and replay by a second streamed model, which reads the same checkpoint in
+float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_lens.interventions.branches import single_slots
 from moe_lens.interventions.clean_run import CleanRun, MoEValues
 from moe_lens.interventions.replay import Branches
 from moe_lens.interventions.spec import Ablate
-from moe_lens.interventions.streamed_replay import ToReplay, replay_documents
+from moe_lens.interventions.streamed_replay import ToReplay, clean_bytes, replay_documents, together
 from moe_lens.model.streamed_moe import OnDisk, StreamedMoE
 
 
@@ -41,14 +42,23 @@ def require_streamed_float32(model: StreamedMoE) -> None:
             f"the noise floor is measured against the same weights in float32, and {cfg.model_name} is not stored in "
             f"{cfg.dtype}, in which it is streamed: read in float32 it has others; noise_samples=0 leaves it out"
         )
-    kept = sum(p.numel() for p in model.parameters() if not isinstance(p, OnDisk))
-    needed = 4 * kept + 4 // model.cfg.dtype.itemsize * model.layer_memory
+    needed = float32_bytes(model)
     free = free_memory(cfg.device)
     if needed > free:
         raise NotEnoughMemory(
             f"the noise floor is measured against {model.cfg.model_name} streamed in float32 beside it, which takes "
             f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; noise_samples=0 leaves it out"
         )
+
+
+def stays_in_memory(model: StreamedMoE) -> int:
+    """Bytes of what is not read with the layers: embeddings, routers, norms."""
+    return sum(p.nbytes for p in model.parameters() if not isinstance(p, OnDisk))
+
+
+def float32_bytes(model: StreamedMoE) -> int:
+    """What the same model takes, streamed in float32."""
+    return 4 // model.cfg.dtype.itemsize * (stays_in_memory(model) + model.layer_memory)
 
 
 @torch.no_grad()
@@ -64,7 +74,8 @@ def streamed_noise_floor(
     spill_directory: str | Path | None,
     verbose: bool = False,
 ) -> NoiseFloor:
-    """As `noise_floor`, on the same sample: three passes over the layers, one of them in float32.
+    """As `noise_floor`, on the same sample: three passes over the layers, one of them in float32; more, where the
+    clean runs of all samples' documents together do not fit the budget.
 
     Args:
         streams_budget, spill_directory: of the streams between layers.
@@ -92,27 +103,34 @@ def streamed_noise_floor(
     def replayed(of: StreamedMoE, removed: Sequence[Tensor]) -> tuple[list[Any], list[list[int]]]:
         """Of each sample: its replay, and the experts that were chosen there."""
         chosen: list[list[int]] = [[] for _ in samples]
+        asked = [
+            ToReplay(
+                *documents[number][0],
+                [Branches(layer, branches)],
+                torch.tensor([place]),
+                memory_budget=memory_budget,
+            )
+            for (number, place, layer, _), branches in zip(samples, removed, strict=True)
+        ]
+        sizes = [clean_bytes(of, int(documents[number][0][1].sum())) for number, *_ in samples]
+        results: list[Any] = []
+        for group in together(sizes, streams_budget):
 
-        def keep(i: int, clean: CleanRun, values: MoEValues) -> None:
-            chosen[i] = values.indices[samples[i][1]].tolist()
+            def keep(i: int, clean: CleanRun, values: MoEValues, first: int = group.start) -> None:
+                chosen[first + i] = values.indices[samples[first + i][1]].tolist()
 
-        results = replay_documents(
-            of,
-            [
-                ToReplay(
-                    *documents[number][0],
-                    [Branches(layer, branches)],
-                    torch.tensor([place]),
-                    memory_budget=memory_budget,
-                )
-                for (number, place, layer, _), branches in zip(samples, removed, strict=True)
-            ],
-            streams_budget=streams_budget,
-            spill_directory=spill_directory,
-            on_layer=keep,
-            advance=lambda i, share: progress.update(share),
-        )
-        return [result for _, result in results], chosen
+            replays = replay_documents(
+                of,
+                asked[group.start : group.stop],
+                streams_budget=streams_budget,
+                spill_directory=spill_directory,
+                on_layer=keep,
+                advance=lambda i, share: progress.update(share),
+            )
+            # Not the clean runs: a group's are let go before the next begins.
+            results += [result for _, result in replays]
+            del replays
+        return results, chosen
 
     half, chosen = replayed(model, [slots[[slot]] for *_, slot in samples])
     experts = [of_token[slot] for of_token, (*_, slot) in zip(chosen, samples, strict=True)]

@@ -11,7 +11,9 @@ from moe_lens.commands.options import (
     add_memory_budget,
     add_model,
     add_precision,
+    add_streams,
     check_corpus_and_output,
+    check_streams,
     corpus_of,
     model_of,
 )
@@ -91,6 +93,7 @@ def add(commands: Any) -> None:
     )
     add_memory_budget(parser, 1.0)
     add_precision(parser)
+    add_streams(parser)
     parser.set_defaults(run=run)
 
 
@@ -107,10 +110,12 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
     from moe_lens.routing.storage import whole_or_not
 
     check_corpus_and_output(options)
+    check_streams(options)
     _check_reference(options)
     model = model_of(options, ranks)
     corpus = corpus_of(model, options, _BATCH_SIZE)
     options.output.mkdir(parents=True, exist_ok=True)
+    budget = options.streams_budget
     try:
         result = census(
             model,
@@ -128,6 +133,8 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
             memory_budget=int(options.memory_budget * 2**30),
             noise_samples=options.noise_samples,
             ranks=ranks,
+            streams_budget=None if budget is None else int(budget * 2**30),
+            spill_directory=options.spill_directory,
             verbose=True,
         )
     except FolderInUse as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,39 @@ def add_memory_budget(parser: argparse.ArgumentParser, default: float) -> None:
     parser.add_argument(
         "--memory-budget", type=float, default=default, metavar="GIB", help=f"default: {default:g}"
     )
+
+
+def add_streams(parser: argparse.ArgumentParser) -> None:
+    """`--streams-budget` and `--spill-directory`, beside `--stream`."""
+    parser.add_argument(
+        "--streams-budget",
+        type=float,
+        metavar="GIB",
+        help="with --stream: of what lies between two layers, so much is held in memory (default: 2)",
+    )
+    parser.add_argument(
+        "--spill-directory",
+        type=Path,
+        metavar="DIR",
+        help="with --stream: where the rest is meanwhile (default: the system's temporary directory)",
+    )
+
+
+def check_streams(options: argparse.Namespace) -> None:
+    """Raises:
+    ValueError, NotADirectoryError: they are given without `--stream`, or make no sense.
+    """
+    budget, folder = options.streams_budget, options.spill_directory
+    for name, value in (("--streams-budget", budget), ("--spill-directory", folder)):
+        if value is not None and not options.stream:
+            raise ValueError(
+                f"{name} is for --stream; with all layers in memory there is nothing that it says"
+            )
+    # Not less than a byte.
+    if budget is not None and not 2**-30 <= budget < float("inf"):
+        raise ValueError(f"--streams-budget {budget} must be a positive number of GiB")
+    if folder is not None and not folder.is_dir():
+        raise NotADirectoryError(f"there is no folder --spill-directory {str(folder)!r}")
 
 
 def check_corpus_and_output(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ documents go with it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -34,6 +35,7 @@ from moe_lens.model.attend import Attend
 from moe_lens.model.block import Block
 from moe_lens.model.freed_memory import FreedMemory
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.layer_major import activation_bytes
 from moe_lens.model.residual_streams import ResidualStreams
 from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.out_of_memory import InParts, said_what_would_help
@@ -119,6 +121,29 @@ def branches_bytes(model: HookedMoE, n_rows: int, n_branches: int) -> int:
     return n_rows * n_branches * model.cfg.d_model * model.cfg.dtype.itemsize
 
 
+def working_bytes(model: HookedMoE, n_tokens: int) -> int:
+    """Memory, about, that the clean run of a document takes at its widest place, beside `clean_bytes`: at a layer, what
+    its experts read and put out, with what those of the document before put out; or its logits at the end."""
+    cfg = model.cfg
+    at_layer = cfg.top_k * (5 * cfg.d_model + 3 * cfg.d_expert) * cfg.dtype.itemsize
+    at_end = cfg.d_vocab * (cfg.dtype.itemsize + 8)
+    return n_tokens * max(at_layer, at_end)
+
+
+def together(sizes: Sequence[int], budget: int) -> list[range]:
+    """Which of consecutive things go together: as many as fit a budget, and one that does not fit by itself."""
+    groups: list[range] = []
+    held = 0
+    for i, size in enumerate(sizes):
+        if groups and held + size <= budget:
+            groups[-1] = range(groups[-1].start, i + 1)
+            held += size
+        else:
+            groups.append(range(i, i + 1))
+            held = size
+    return groups
+
+
 _HELP = "shorter documents (max_length), or a smaller streams_budget"
 """Where a clean run meets the end of memory."""
 
@@ -199,9 +224,13 @@ class _OnTheWay:
         return below[layer] / sum(below)
 
     def made_at(self, layer: int) -> int:
-        """Bytes, about, that the branches' activations take and leave at a layer."""
+        """Bytes, about, that the branches' activations take and leave at a layer; and, where some begin there, the
+        layer's clean run once more."""
         n_branches = sum(of.n_branches for of in self.branches if of.layer < layer)
-        return len(self.rows) * n_branches * branch_bytes(self.model, 0)
+        made = len(self.rows) * n_branches * branch_bytes(self.model, 0)
+        if layer in self.layers:
+            made += activation_bytes(self.model, len(self.clean.tokens))
+        return made
 
     def step_clean(self, block: Block, layer: int) -> bool:
         """Take the clean stream through a layer, and keep what the branches read there; whether that is finite."""
@@ -293,6 +322,7 @@ class _Pass:
                             is_finite = of.step_clean(block, layer)
                         if not is_finite:
                             raise _NotFinite(i)
+                        self.freed.add(activation_bytes(model, len(of.clean.tokens)))
                     self._step_branches(layer, streams)
                     for of in self.on_the_way:
                         of.kept.clear()
@@ -316,11 +346,12 @@ class _Pass:
                 if len(at_work) == 2:
                     take_oldest()
                 with _named(self.documents[i]):
-                    values = of.clean.moe(layer) if layer in of.layers else None
-                    if values is not None:
-                        of.experts[layer] = values.indices[of.rows]
-                        if self.on_layer is not None:
-                            self.on_layer(i, of.clean, values)
+                    with said_what_would_help(self.documents[i].name, _HELP):
+                        values = of.clean.moe(layer) if layer in of.layers else None
+                        if values is not None:
+                            of.experts[layer] = values.indices[of.rows]
+                            if self.on_layer is not None:
+                                self.on_layer(i, of.clean, values)
                     futures = [
                         cores.submit(partial(of.step, piece, layer, values, streams, number))
                         for piece, number in zip(of.pieces, self.numbers[i], strict=True)
@@ -342,6 +373,9 @@ class _Pass:
                 for piece, number in zip(of.pieces, self.numbers[i], strict=True)
             ]
             result = of.result([future.result() for future in futures])
+        self.freed.add(
+            4 * sum(math.prod(self.shapes[number]) for number in self.numbers[i]) * self.model.cfg.d_vocab
+        )
         for number in self.numbers[i]:
             streams.drop(number)
         self._advance(i, self.model.cfg.n_layers)

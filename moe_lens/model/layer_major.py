@@ -166,7 +166,7 @@ def run_corpus(
                     with pause.resumed():
                         stream = streams[i].to(model.cfg.device)
                         streams[i] = model.run_block(block, stream, batch.attend(model))
-                    freed.add(_activation_bytes(model, batch))
+                    freed.add(activation_bytes(model, batch.tokens.numel()))
                     progress.update()
                 freed.give_back()
         for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
@@ -213,11 +213,11 @@ def _plan(model: StreamedMoE, runs: Sequence[_BatchRun], layers: range, streams:
     )
 
 
-def _activation_bytes(model: StreamedMoE, batch: _BatchRun) -> int:
-    """What a layer makes of a batch: the largest of it by far are the slots' hidden values and outputs."""
+def activation_bytes(model: StreamedMoE, n_tokens: int) -> int:
+    """What a layer makes of so many tokens: the largest of it by far are the slots' hidden values and outputs."""
     cfg = model.cfg
     per_token = cfg.top_k * (cfg.d_model + cfg.d_expert) if cfg.top_k else cfg.d_model
-    return batch.tokens.numel() * per_token * cfg.dtype.itemsize
+    return n_tokens * per_token * cfg.dtype.itemsize
 
 
 def _loss(
