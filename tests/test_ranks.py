@@ -289,6 +289,33 @@ def test_shards_of_another_run_are_refused(model_of: Callable[[str], Any], tmp_p
             run()
 
 
+def test_a_damaged_shard_is_found_before_others_are_measured(
+    model_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    model, folder = model_of("mixtral"), tmp_path / "shards"
+    tokens, _ = prompts(batch=6, length=5)
+
+    def run() -> Any:
+        return routing_contributions(model, tokens, shards=Shards(folder, number=3), batch_size=2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.ShardedRun, "_whole", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    first, second, third = sorted(folder.iterdir())
+    third.unlink()
+    written = bytearray(second.read_bytes())
+    written[-20] ^= 1
+    second.write_bytes(written)
+    with pytest.raises(ValueError, match=rf"{second} is damaged: .*Delete it, and it is measured again$"):
+        run()
+    assert sorted(folder.iterdir()) == [first, second]
+    second.unlink()
+    found = run().variance["rest"]
+    folder = tmp_path / "others"
+    np.testing.assert_array_equal(found, run().variance["rest"])
+
+
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
