@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.run import parse_args as torchrun_arguments
 
 from moe_lens import cli, ranks
@@ -29,7 +30,7 @@ from moe_lens.audit.census_table import Census
 from moe_lens.commands import contributions
 from moe_lens.corpus_presets import corpus_kind
 from moe_lens.interventions.clean_run import CleanRun
-from moe_lens.ranks import ALONE, joined
+from moe_lens.ranks import ALONE, RankLost, joined
 from moe_lens.routing import shards
 from moe_lens.routing.contributions import Shards, routing_contributions
 from moe_lens.routing.folder_lock import FolderInUse, FolderLock
@@ -583,6 +584,32 @@ def test_ranks_that_are_started_again(tmp_path: Path) -> None:
     for lost, statuses in ((1, [2, -9]), (0, [-9, 2]), (-1, [0, 0])):
         ended = on_ranks(2, lambda rank, lost=lost: work(rank, lost), tmp_path, store)
         assert [rank.status for rank in ended] == statuses, ended
+
+
+def test_a_store_that_is_gone_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """The main thread may meet it before the watch does."""
+
+    def gone(*_: Any) -> int:
+        raise dist.DistNetworkError("failed to recv, got 0 bytes")
+
+    def work(rank: int) -> int:
+        with joined() as ranks:
+            ranks._store = SimpleNamespace(add=gone)  # type: ignore[attr-defined]
+            ranks.wait()
+        return 0
+
+    (ended,) = on_ranks(1, lambda rank: told(work, rank), tmp_path)
+    assert ended.status == 2, ended
+    assert "RankLost: stopped, because torchrun's store cannot be reached" in ended.err
+    assert ended.err.rstrip().endswith(KEPT)
+
+
+def told(work: Callable[[int], int], rank: int) -> int:
+    try:
+        return work(rank)
+    except RankLost as error:
+        print(f"RankLost: {error}", file=sys.stderr)
+        return 2
 
 
 def test_alone(tmp_path: Path) -> None:
