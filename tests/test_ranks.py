@@ -290,6 +290,18 @@ def test_shards_of_another_run_are_refused(model_of: Callable[[str], Any], tmp_p
             run()
 
 
+def test_a_state_that_shards_do_not_go_on_from_is_said(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command("contributions", tmp_path / "out")
+    assert cli.main(arguments) == 0
+    assert "in one piece" not in capsys.readouterr().err
+    for is_said in (True, False):
+        assert cli.main([*arguments, "--shards", "2"]) == 0
+        said = "state.safetensors' is of a run in one piece: a run in shards does not go on from it"
+        assert (said in capsys.readouterr().err) == is_said
+
+
 def test_a_damaged_shard_is_found_before_others_are_measured(
     model_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
