@@ -153,7 +153,7 @@ class Watch:
                 try:
                     self._say()
                 except RuntimeError as error:
-                    self.known = self.known or _unreachable(error)
+                    self.known = self.known or unreachable(error)
             if self.cause():
                 break
         else:
@@ -192,7 +192,7 @@ class Watch:
                 )
             return self._silent(words)
         except RuntimeError as error:
-            return _unreachable(error)
+            return unreachable(error)
 
     def _is_gone(self, word: Word) -> bool:
         return word.where == self._word.where and word.is_gone()
@@ -211,7 +211,8 @@ class Watch:
         return ""
 
 
-def _unreachable(error: Exception) -> str:
+def unreachable(error: Exception) -> str:
+    """That the ranks have lost their store."""
     return (
         f"torchrun's store cannot be reached, which the first machine keeps: that machine is lost, or a rank there "
         f"has ended ({str(error).splitlines()[0] if str(error) else type(error).__name__})"

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-from moe_lens.rank_watch import RankLost, Told, Watch
+from moe_lens.rank_watch import RankLost, Told, Watch, unreachable
 
 __all__ = ["ALONE", "RankLost", "Ranks", "joined"]
 
@@ -195,7 +195,11 @@ def joined() -> Iterator[Ranks]:
     try:
         with ranks.watch.listening():
             ranks.watch.start()
-            yield ranks
+            try:
+                yield ranks
+            except dist.DistError as error:
+                cause = ranks.watch.cause(patience=3.0) or unreachable(error)
+                raise RankLost(f"stopped, because {cause}; {_KEPT}") from error
     except Told:
         cause = ranks.watch.cause(patience=3.0)
         ranks.watch.end(cause or f"rank {ranks.rank} was told to stop (SIGTERM)")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.run import parse_args as torchrun_arguments
 
 from moe_lens import cli, ranks
@@ -29,7 +30,7 @@ from moe_lens.audit.census_table import Census
 from moe_lens.commands import contributions
 from moe_lens.corpus_presets import corpus_kind
 from moe_lens.interventions.clean_run import CleanRun
-from moe_lens.ranks import ALONE, joined
+from moe_lens.ranks import ALONE, RankLost, joined
 from moe_lens.routing import shards
 from moe_lens.routing.contributions import Shards, routing_contributions
 from moe_lens.routing.folder_lock import FolderInUse, FolderLock
@@ -287,6 +288,45 @@ def test_shards_of_another_run_are_refused(model_of: Callable[[str], Any], tmp_p
         patch.setattr(shards.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
         with pytest.raises(OSError, match=r"the shards take up to .* GiB are free; ask for fewer"):
             run()
+
+
+def test_a_state_that_shards_do_not_go_on_from_is_said(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command("contributions", tmp_path / "out")
+    assert cli.main(arguments) == 0
+    assert "in one piece" not in capsys.readouterr().err
+    for is_said in (True, False):
+        assert cli.main([*arguments, "--shards", "2"]) == 0
+        said = "state.safetensors' is of a run in one piece: a run in shards does not go on from it"
+        assert (said in capsys.readouterr().err) == is_said
+
+
+def test_a_damaged_shard_is_found_before_others_are_measured(
+    model_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    model, folder = model_of("mixtral"), tmp_path / "shards"
+    tokens, _ = prompts(batch=6, length=5)
+
+    def run() -> Any:
+        return routing_contributions(model, tokens, shards=Shards(folder, number=3), batch_size=2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards.ShardedRun, "_whole", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    first, second, third = sorted(folder.iterdir())
+    third.unlink()
+    written = bytearray(second.read_bytes())
+    written[-20] ^= 1
+    second.write_bytes(written)
+    with pytest.raises(ValueError, match=rf"{second} is damaged: .*Delete it, and it is measured again$"):
+        run()
+    assert sorted(folder.iterdir()) == [first, second]
+    second.unlink()
+    found = run().variance["rest"]
+    folder = tmp_path / "others"
+    np.testing.assert_array_equal(found, run().variance["rest"])
 
 
 def interrupted(*_: object) -> None:
@@ -556,6 +596,32 @@ def test_ranks_that_are_started_again(tmp_path: Path) -> None:
     for lost, statuses in ((1, [2, -9]), (0, [-9, 2]), (-1, [0, 0])):
         ended = on_ranks(2, lambda rank, lost=lost: work(rank, lost), tmp_path, store)
         assert [rank.status for rank in ended] == statuses, ended
+
+
+def test_a_store_that_is_gone_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """The main thread may meet it before the watch does."""
+
+    def gone(*_: Any) -> int:
+        raise dist.DistNetworkError("failed to recv, got 0 bytes")
+
+    def work(rank: int) -> int:
+        with joined() as ranks:
+            ranks._store = SimpleNamespace(add=gone)  # type: ignore[attr-defined]
+            ranks.wait()
+        return 0
+
+    (ended,) = on_ranks(1, lambda rank: told(work, rank), tmp_path)
+    assert ended.status == 2, ended
+    assert "RankLost: stopped, because torchrun's store cannot be reached" in ended.err
+    assert ended.err.rstrip().endswith(KEPT)
+
+
+def told(work: Callable[[int], int], rank: int) -> int:
+    try:
+        return work(rank)
+    except RankLost as error:
+        print(f"RankLost: {error}", file=sys.stderr)
+        return 2
 
 
 def test_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moe_lens.commands.options import (
     corpus_of,
     model_of,
 )
-from moe_lens.ranks import Ranks, joined
+from moe_lens.ranks import Ranks, joined, say
 
 
 def add(commands: Any) -> None:
@@ -112,6 +112,9 @@ def _kept(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
     folder = options.output / "shards"
     if ranks.launched or options.shards is not None or folder.is_dir():
+        states = sorted(options.output.glob("state.safetensors*"))
+        if states and ranks.first and not folder.is_dir():
+            say(f"{str(states[0])!r} is of a run in one piece: a run in shards does not go on from it")
         return {"shards": Shards(folder, ranks, options.shards)}
     return {"state": options.output / "state.safetensors"}
 

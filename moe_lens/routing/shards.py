@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm
 
 from moe_lens.model.hooked_moe import HookedMoE
@@ -196,6 +197,8 @@ class ShardedRun:
             _require_run(
                 path, self.identities[0 if piece is None else piece.chunk], is_wanted=piece is not None
             )
+        for path in there:
+            _arrays(path)
         done = {whole[path].chunk for path in there if path in whole}
         missing = [piece for path, piece in wanted.items() if path not in there and piece.chunk not in done]
         n_bytes = self.plan.bytes_needed * len(missing) // (len(self.plan.chunks) or 1)
@@ -286,12 +289,7 @@ class ShardedRun:
         if not became_visible(path):
             raise ValueError(f"the shard {str(path)!r} is gone")
         _require_run(path, self.identities[piece.chunk])
-        try:
-            arrays, facts = read_arrays(path, "a shard of contributions")
-        except ValueError as error:
-            raise ValueError(
-                f"the shard {str(path)!r} is damaged: {error}; delete it, and it is measured again"
-            ) from error
+        arrays, facts = _arrays(path)
         return {
             by: RoutingContributions.from_arrays(
                 {
@@ -348,6 +346,13 @@ def _bounds(
 def _is_left_over(path: Path) -> bool:
     """Whether a run that was killed left it."""
     return bool(_UNFINISHED.fullmatch(path.name)) or path.name.startswith(SHARED_MARK)
+
+
+def _arrays(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Raises:
+    ValueError: they are not as they were written.
+    """
+    return read_arrays(path, "a shard of contributions", "Delete it, and it is measured again")
 
 
 def _require_run(path: Path, identity: dict[str, Any], *, is_wanted: bool = True) -> None:

@@ -89,12 +89,15 @@ def write_atomically(path: str | Path, arrays: Mapping[str, Tensor], facts: Mapp
 
 
 def read_arrays(
-    path: str | Path, what: str = "routing contributions"
+    path: str | Path,
+    what: str = "routing contributions",
+    remedy: str = "Where a run keeps its state in it, delete it, and the run begins anew",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_atomically` wrote.
 
     Args:
         what: the file should be of, for the error.
+        remedy: what would help, for the error.
 
     Raises:
         FileNotFoundError: no such file.
@@ -110,16 +113,10 @@ def read_arrays(
             checksums = facts.pop(_CHECKSUMS, {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise ValueError(
-            f"{path} is no file of {what}: {error!r}. Where a run keeps its state in it, delete it, and "
-            f"the run begins anew"
-        ) from error
+        raise ValueError(f"{path} is no file of {what}: {error!r}. {remedy}") from error
     damaged = [name for name, checksum in checksums.items() if _checksum(arrays[name]) != checksum]
     if damaged:
-        raise ValueError(
-            f"{path} is damaged: {few(damaged)} in it is not as it was written. Where a run keeps its state in it, "
-            f"delete it, and the run begins anew"
-        )
+        raise ValueError(f"{path} is damaged: {few(damaged)} in it is not as it was written. {remedy}")
     return arrays, facts
 
 
