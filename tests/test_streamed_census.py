@@ -327,6 +327,16 @@ def test_the_plan_counts_what_no_budget_bounds() -> None:
     assert (passes.most_held, passes.most_spilled) == (100, 0)
 
 
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_a_clean_run_takes_what_was_planned(hooked: Any, variant: str) -> None:
+    """Beside the stream, of every layer the stream before the MoE, keys and values, and nothing that these are of."""
+    model = hooked(variant)
+    clean = CleanRun.of(model, corpus()[0][2])
+    kept = [*clean.resid_mid, *clean.keys, *clean.values]
+    taken = sum(tensor.untyped_storage().nbytes() for tensor in kept) // model.cfg.n_layers
+    assert taken + clean.final.nbytes == clean_bytes(model, len(clean.tokens))
+
+
 def test_what_is_read_is_what_was_planned(streamed: Any) -> None:
     model = streamed("deepseek_v2")
     weights_fingerprint(model)

@@ -258,7 +258,8 @@ class Kept:
 
     @staticmethod
     def _keep(kept: dict[int, Tensor], layer: int, value: Tensor, hook: HookPoint) -> None:
-        kept[layer] = value[0]
+        # Latent attention's values are a part of a larger tensor, all of which a view of them would hold.
+        kept[layer] = value[0].contiguous()
 
     def clear(self) -> None:
         for kept in vars(self).values():
