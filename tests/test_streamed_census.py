@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe_lens.audit import census, census_streamed
 from moe_lens.audit.census_table import Census
 from moe_lens.census_page import largest_changes, write_census_page
 from moe_lens.corpus import Document, token_batches
-from moe_lens.interventions import streamed_replay
+from moe_lens.interventions import clean_run, streamed_replay
 from moe_lens.interventions.branches import Change, single_slots
 from moe_lens.interventions.clean_run import CleanRun
 from moe_lens.interventions.outcomes import LogitDifference
@@ -23,7 +24,7 @@ from moe_lens.interventions.replay import Branches, replay
 from moe_lens.interventions.replay_plan import branch_bytes
 from moe_lens.interventions.streamed_replay import ToReplay, branches_bytes, clean_bytes, replay_documents
 from moe_lens.interventions.suffix import Suffix
-from moe_lens.model import freed_memory, residual_streams
+from moe_lens.model import freed_memory, loss, residual_streams
 from moe_lens.routing.provenance import weights_fingerprint
 from tests.census_cases import SEED, WITH_SHARED, reference_of
 from tests.checkpoints import change_tensors, load
@@ -325,6 +326,26 @@ def test_the_plan_counts_what_no_budget_bounds() -> None:
     assert (both.n_passes, both.most_held, both.longest) == (4, 30, 9)
     passes = replace(passes, budget=200)
     assert (passes.most_held, passes.most_spilled) == (100, 0)
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_a_clean_run_takes_what_was_planned(hooked: Any, variant: str) -> None:
+    """Beside the stream, of every layer the stream before the MoE, keys and values, and nothing that these are of."""
+    model = hooked(variant)
+    clean = CleanRun.of(model, corpus()[0][2])
+    kept = [*clean.resid_mid, *clean.keys, *clean.values]
+    taken = sum(tensor.untyped_storage().nbytes() for tensor in kept) // model.cfg.n_layers
+    assert taken + clean.final.nbytes == clean_bytes(model, len(clean.tokens))
+
+
+def test_a_clean_run_makes_few_logits_at_a_time(hooked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (tokens, _) = hooked("olmoe"), corpus()
+    whole = CleanRun.of(model, tokens[2]).loss
+    for n_at_once in (1, 3, 7):
+        likelihood = partial(loss.likelihood_in_parts, logits_budget=4 * 128 * n_at_once)
+        monkeypatch.setattr(clean_run, "likelihood_in_parts", likelihood)
+        parts = CleanRun.of(model, tokens[2]).loss
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_what_is_read_is_what_was_planned(streamed: Any) -> None:

@@ -156,7 +156,8 @@ def census(
     )
     noise_samples = natural_number(noise_samples, "noise_samples")
     if isinstance(model, StreamedMoE):
-        require_streamable(model, settings, noise_samples)
+        # The first rank measures the noise floor for all.
+        require_streamable(model, settings, noise_samples if ranks.first else 0)
     if n is not None:
         n = positive_integer(n, "n")
     corpus = corpus_of(model, tokens_or_batches, attention_mask, batch_size)

@@ -19,7 +19,7 @@ from moe_lens.model.attend import Attend
 from moe_lens.model.hook_point import HookPoint, with_own_hook_points
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.layer_weights import weights_in_memory
-from moe_lens.model.loss import loss_per_token
+from moe_lens.model.loss import likelihood_in_parts
 from moe_lens.routing.arguments import few
 
 
@@ -258,7 +258,8 @@ class Kept:
 
     @staticmethod
     def _keep(kept: dict[int, Tensor], layer: int, value: Tensor, hook: HookPoint) -> None:
-        kept[layer] = value[0]
+        # Latent attention's values are a part of a larger tensor, all of which a view of them would hold.
+        kept[layer] = value[0].contiguous()
 
     def clear(self) -> None:
         for kept in vars(self).values():
@@ -273,7 +274,7 @@ def next_token_loss(
 ) -> Float[Tensor, " pos"]:
     """-log p(next token) of the stream before the final norm, nats; NaN where the next column is not the next token."""
     loss = torch.full(columns.shape, torch.nan, device=columns.device)
-    loss[:-1] = loss_per_token(model.unembed(model.ln_final(final)), tokens[None])[0]
+    loss[:-1] = likelihood_in_parts(model.unembed, model.ln_final(final), tokens[None])[0]
     followed = columns[1:] == columns[:-1] + 1
     loss[:-1].masked_fill_(~followed, torch.nan)
     return loss

@@ -36,6 +36,7 @@ from moe_lens.model.block import Block
 from moe_lens.model.freed_memory import FreedMemory
 from moe_lens.model.hooked_moe import HookedMoE
 from moe_lens.model.layer_major import activation_bytes
+from moe_lens.model.loss import LOGITS_BUDGET
 from moe_lens.model.residual_streams import ResidualStreams
 from moe_lens.model.streamed_moe import StreamedMoE
 from moe_lens.out_of_memory import InParts, said_what_would_help
@@ -123,11 +124,12 @@ def branches_bytes(model: HookedMoE, n_rows: int, n_branches: int) -> int:
 
 def working_bytes(model: HookedMoE, n_tokens: int) -> int:
     """Memory, about, that the clean run of a document takes at its widest place, beside `clean_bytes`: at a layer, what
-    its experts read and put out, with what those of the document before put out; or its logits at the end."""
+    its experts read and put out, with what those of the document before put out; or logits at the end."""
     cfg = model.cfg
     at_layer = cfg.top_k * (5 * cfg.d_model + 3 * cfg.d_expert) * cfg.dtype.itemsize
-    at_end = cfg.d_vocab * (cfg.dtype.itemsize + 8)
-    return n_tokens * max(at_layer, at_end)
+    at_once = min(n_tokens, max(1, LOGITS_BUDGET // (4 * cfg.d_vocab)))
+    at_end = at_once * cfg.d_vocab * (cfg.dtype.itemsize + 8)
+    return max(n_tokens * at_layer, at_end)
 
 
 def together(sizes: Sequence[int], budget: int) -> list[range]:

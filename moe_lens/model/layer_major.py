@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moe_lens.model.attend import Attend
 from moe_lens.model.corpus_passes import Batch, CorpusBatch, MakeAttend
 from moe_lens.model.freed_memory import FreedMemory
-from moe_lens.model.loss import negative_log_likelihood, real_only
+from moe_lens.model.loss import LOGITS_BUDGET, likelihood_in_parts, real_only
 from moe_lens.model.observers import Run, apart
 from moe_lens.model.residual_streams import ResidualStreams
 from moe_lens.model.suspended import SuspendedRun
@@ -85,7 +85,7 @@ def run_corpus(
     return_type: Literal["loss"] | None = None,
     stop_at_layer: int | None = None,
     memory_budget: int = 2**30,
-    logits_budget: int = 2**28,
+    logits_budget: int = LOGITS_BUDGET,
     spill_directory: str | Path | None = None,
     attend: MakeAttend | None = None,
     verbose: bool = False,
@@ -223,18 +223,5 @@ def activation_bytes(model: StreamedMoE, n_tokens: int) -> int:
 def _loss(
     model: StreamedMoE, normalized: Float[Tensor, "batch pos d_model"], batch: _BatchRun, budget: int
 ) -> Float[Tensor, "batch pos_minus_1"]:
-    """The loss of every position, with the logits of some positions made at a time."""
-    n_batch, n_pos = batch.shape
-    step = max(1, budget // (4 * n_batch * model.cfg.d_vocab))
-    if step >= n_pos:
-        nll = negative_log_likelihood(model.unembed(normalized)[:, :-1], batch.tokens[:, 1:])
-    else:
-        parts = [slice(start, min(start + step, n_pos - 1)) for start in range(0, n_pos - 1, step)]
-        nll = torch.cat(
-            [
-                negative_log_likelihood(model.unembed(normalized[:, part]), batch.tokens[:, 1:][:, part])
-                for part in parts
-            ],
-            dim=1,
-        )
+    nll = likelihood_in_parts(model.unembed, normalized, batch.tokens, budget)
     return real_only(nll, batch.mask)

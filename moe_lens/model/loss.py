@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+LOGITS_BUDGET = 2**28
+"""Bytes of float32 logits that are made at a time, where nothing else is said."""
 
 
 def loss_per_token(
@@ -26,6 +29,30 @@ def negative_log_likelihood(
 ) -> Float[Tensor, "batch pos"]:
     """-log p(the token that came next) at every position; float32, nats."""
     return F.cross_entropy(logits.float().transpose(1, 2), next_tokens, reduction="none")
+
+
+def likelihood_in_parts(
+    unembed: nn.Linear,
+    normalized: Float[Tensor, "batch pos d_model"],
+    tokens: Int[Tensor, "batch pos"],
+    logits_budget: int = LOGITS_BUDGET,
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """`negative_log_likelihood` of every token after the first, with the logits of some positions made at a time.
+
+    Args:
+        unembed: makes logits.
+        normalized: the stream after the final norm.
+        logits_budget: bytes of float32 logits at a time. In several parts, the last digit may be another.
+    """
+    n_batch, n_pos = tokens.shape
+    step = max(1, logits_budget // (4 * n_batch * unembed.out_features))
+    if step >= n_pos:
+        return negative_log_likelihood(unembed(normalized)[:, :-1], tokens[:, 1:])
+    parts = [slice(start, min(start + step, n_pos - 1)) for start in range(0, n_pos - 1, step)]
+    return torch.cat(
+        [negative_log_likelihood(unembed(normalized[:, part]), tokens[:, 1:][:, part]) for part in parts],
+        dim=1,
+    )
 
 
 def real_only(

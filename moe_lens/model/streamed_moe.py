@@ -20,6 +20,7 @@ from moe_lens.config import MoEConfig
 from moe_lens.model.attend import Attend
 from moe_lens.model.block import Block
 from moe_lens.model.hooked_moe import HookedMoE
+from moe_lens.model.loss import LOGITS_BUDGET
 from moe_lens.model.weight_bits import sums_of_bits
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ class StreamedMoE(HookedMoE):
         return_type: Literal["loss"] | None = None,
         stop_at_layer: int | None = None,
         memory_budget: int = 2**30,
-        logits_budget: int = 2**28,
+        logits_budget: int = LOGITS_BUDGET,
         spill_directory: str | Path | None = None,
         attend: MakeAttend | None = None,
         verbose: bool = False,
