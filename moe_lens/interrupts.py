@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -54,7 +54,15 @@ def interrupts_held() -> Iterator[None]:
             signal.signal(number, hold)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            _answered_by(before)
+        finally:
+            # Whatever came in between has been answered, and must not leave the others unanswered.
+            _answered_by(before)
         for number, frame in came[:1]:
             before[number](number, frame)
+
+
+def _answered_by(handlers: Mapping[int, Callable[[int, FrameType | None], object]]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -45,11 +45,11 @@ def test_it_goes_back_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freed_memory, "_malloc_trim", lambda: calls.append)
     freed = FreedMemory()
     for _ in range(5):
-        freed.add(2**27)
+        freed.add(2**25)
     assert calls == [0, 0]
     freed.give_back()
     assert calls == [0, 0, 0]
-    freed.add(2**27)
+    freed.add(2**25)
     assert calls == [0, 0, 0]
 
 

@@ -300,14 +300,16 @@ def test_the_plan_is_printed(streamed: Any, capsys: Any) -> None:
     pattern = r"in (\d+) group\(s\) .* (\d+) time\(s\) in all: (\d+) layers are read, ([\d.]+) MiB"
     found = re.search(pattern, first)
     assert found is not None
-    assert int(found[3]) == layers_read == 3 * int(found[2])
-    assert float(found[4]) == pytest.approx(bytes_read / 2**20, abs=0.05)
+    # One more was read to see how fast the disk is.
+    of_one = bytes_read / layers_read
+    assert int(found[3]) == layers_read - 1 == 3 * int(found[2])
+    assert float(found[4]) == pytest.approx((bytes_read - of_one) / 2**20, abs=0.05)
+    assert re.search(r"\(about [\d,]+ s at the [\d,]+ MiB/s of what was read so far", first)
     assert re.search(
         "memory: two layers .* MiB, other weights .*, accumulators .*, and what batches hold", first
     )
-    assert "MiB/s" not in first
     routing_contributions(model, five_batches(), verbose=True)
-    assert re.search(r"\([\d,]+ s at the [\d,]+ MiB/s of what was read so far", capsys.readouterr().out)
+    assert model.read_counts.layers_read == layers_read + 3
 
 
 # --- what is in memory --------------------------------------------------------------------------------------

@@ -165,8 +165,8 @@ class Passes:
         plural = "" if self.n_passes == 1 else "es"
         lines = [
             f"streamed: {self.n_passes:,} pass{plural} over {cfg.n_layers} layers, with "
-            f"{max(map(len, self.groups), default=0):,} documents at most; {_gib(self.bytes_read)} to read, after "
-            f"what was never read yet is read once for its fingerprint",
+            f"{max(map(len, self.groups), default=0):,} documents at most; {_gib(self.bytes_read)} to read "
+            f"({model.reading_time(self.bytes_read)}), after what was never read yet is read once for its fingerprint",
             f"memory{of_each} beside the branches at work: {_gib(model.layer_memory)} for two layers, "
             f"{_gib(stays_in_memory(model))} for embeddings and what else stays, "
             f"{_gib(self.most_held)} for the streams between layers (of {_gib(self.budget)}), "

@@ -165,14 +165,16 @@ def _layer_by_layer(
     checked = [CorpusBatch.of(model, number, given) for number, given in enumerate(batches)]
     if not checked:
         raise ValueError("there were no batches to run")
-    return model.run_corpus(
-        [(batch.tokens, batch.mask) for batch in checked],
-        None if listening is None else lambda number: listening(checked[number]),
-        return_type=return_type,
-        stop_at_layer=stop_at_layer,
-        attend=attend,
-        verbose=verbose,
-    ).losses
+    what = f"{len(checked)} batches that go through the layers together"
+    with said_what_would_help(what, "a smaller batch_size, shorter documents"):
+        return model.run_corpus(
+            [(batch.tokens, batch.mask) for batch in checked],
+            None if listening is None else lambda number: listening(checked[number]),
+            return_type=return_type,
+            stop_at_layer=stop_at_layer,
+            attend=attend,
+            verbose=verbose,
+        ).losses
 
 
 def _run(

@@ -12,11 +12,11 @@ import ctypes
 import sys
 from functools import cache
 
-_GIVE_BACK_EVERY = 2**28
+_GIVE_BACK_EVERY = 2**26
 
 
 class FreedMemory:
-    """Counts what is freed, and gives it back to the system every 256 MiB.
+    """Counts what is freed, and gives it back to the system every 64 MiB.
 
     Where the C library has no such call, nothing is done.
     """

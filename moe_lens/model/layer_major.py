@@ -135,7 +135,6 @@ def run_corpus(
     first, last = model._layer_range(None, stop_at_layer)
     runs = _checked(model, batches, (first, last), attend)
     observers = list(model.run_observers)
-    before = vars(model.read_counts).copy()
     losses = []
     with (
         ResidualStreams(
@@ -146,6 +145,7 @@ def run_corpus(
     ):
         if verbose:
             print(_plan(model, runs, range(first, last), streams))
+        before = vars(model.read_counts).copy()
         suspended = [SuspendedRun(model) for _ in runs]
         for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
             all_contexts.push(pause.close)
@@ -159,14 +159,15 @@ def run_corpus(
             model.layers_in_memory(range(first, last)) as blocks,
             tqdm(total=(last - first) * len(runs), disable=not verbose, unit="batch") as progress,
         ):
-            freed = FreedMemory()
+            # Listeners make several values as large as a layer's own, in float32.
+            freed, made = FreedMemory(), 1 if listening is None else 8
             for layer, block in enumerate(blocks, start=first):
                 progress.set_description(f"layer {layer} of {first}..{last - 1}")
                 for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
                     with pause.resumed():
                         stream = streams[i].to(model.cfg.device)
                         streams[i] = model.run_block(block, stream, batch.attend(model))
-                    freed.add(activation_bytes(model, batch.tokens.numel()))
+                    freed.add(made * activation_bytes(model, batch.tokens.numel()))
                     progress.update()
                 freed.give_back()
         for i, (batch, pause) in enumerate(zip(runs, suspended, strict=True)):
@@ -203,11 +204,12 @@ def _checked(
 def _plan(model: StreamedMoE, runs: Sequence[_BatchRun], layers: range, streams: ResidualStreams) -> str:
     """What will be read and held."""
     store = model._required_store()
+    n_bytes = store.stored_bytes(layers)
     n_tokens = sum(batch.tokens.numel() for batch in runs)
     in_file = f", and {streams.bytes_in_file / 2**20:,.1f} MiB in a file" if streams.bytes_in_file else ""
     return (
-        f"plan: {len(layers)} layers, each read once: {store.stored_bytes(layers) / 2**30:,.2f} GiB from disk, for "
-        f"{n_tokens:,} tokens in {len(runs)} batch(es)\n"
+        f"plan: {len(layers)} layers, each read once: {n_bytes / 2**30:,.2f} GiB from disk "
+        f"({model.reading_time(n_bytes)}), for {n_tokens:,} tokens in {len(runs)} batch(es)\n"
         f"memory: two layers {store.bytes_needed / 2**30:,.2f} GiB; residual streams "
         f"{streams.bytes_in_memory / 2**20:,.1f} MiB{in_file}"
     )

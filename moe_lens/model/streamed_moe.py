@@ -152,6 +152,18 @@ class StreamedMoE(HookedMoE):
         """How many bytes are read from disk for these layers."""
         return self._required_store().stored_bytes(layers)
 
+    def reading_time(self, n_bytes: int) -> str:
+        """How long it takes to read so many bytes, in words, at the rate of what was read so far. Where that is
+        nothing, a layer is read to see, which must not be within a run."""
+        if not self.read_counts.layers_read:
+            with self.layers_in_memory([0]) as blocks:
+                next(blocks)
+        rate = self.read_counts.bytes_read / max(self.read_counts.seconds_reading, 1e-9)
+        return (
+            f"about {n_bytes / rate:,.0f} s at the {rate / 2**20:,.0f} MiB/s of what was read so far, while the layers "
+            f"before are computed"
+        )
+
     def _required_store(self) -> LayerSource:
         """Where its layers come from.
 

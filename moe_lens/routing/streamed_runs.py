@@ -266,7 +266,8 @@ class StreamedPlan(Plan):
             lines.append(
                 f"plan: {len(self.chunks)} pass(es) over {len(shapes)} batches, in {len(sizes)} group(s) that go "
                 f"through the layers together, {sum(n for _, n in sizes)} time(s) in all: {len(layers)} layers are "
-                f"read, {_size(store.stored_bytes(layers))} from disk{self._seconds(layers)}"
+                f"read, {_size(store.stored_bytes(layers))} from disk "
+                f"({self.model.reading_time(store.stored_bytes(layers))})"
             )
         lines.append(
             f"memory: two layers {_size(store.bytes_needed)}, other weights {_size(sum(resident.values()))}, "
@@ -287,17 +288,6 @@ class StreamedPlan(Plan):
                 most = max(most, sum(held.bytes(*shape, n_readings) for shape in group))
                 start += n_batches
         return most
-
-    def _seconds(self, layers: Sequence[int]) -> str:
-        """How long reading takes at the rate seen so far."""
-        store = self.model._required_store()
-        if store.counts.seconds_reading <= 0 or store.counts.bytes_read == 0:
-            return ""
-        rate = store.counts.bytes_read / store.counts.seconds_reading
-        return (
-            f" ({store.stored_bytes(layers) / rate:,.0f} s at the {rate / 2**20:,.0f} MiB/s of what was read so far; "
-            f"meanwhile the layers before are computed)"
-        )
 
 
 def shapes_of(corpus: Corpus) -> list[tuple[int, int]] | None:
