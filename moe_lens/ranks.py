@@ -126,7 +126,7 @@ class Ranks:
         """Refuse a folder that is another one on some machine. A process that is alone looks for nothing.
 
         Args:
-            folder: which there is.
+            folder: which rank 0 has.
 
         Raises:
             FileNotFoundError: there is none.
@@ -134,7 +134,8 @@ class Ranks:
         """
         if self.n == 1:
             return
-        if not folder.is_dir():
+        # Rank 0 may make it a moment before: the others look for what is in it, with patience.
+        if self.first and not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r}, for what all ranks write")
         name = self.of_first(f"{SHARED_MARK}{uuid.uuid4().hex}")
         if self.first:
